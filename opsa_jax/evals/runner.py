@@ -1,0 +1,70 @@
+"""Runs a suite on a model with the engine that `generate` uses: the same tokens as the sampler of training, slots refilled."""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from opsa_jax.config import EvalConfig
+from opsa_jax.data.chat import Chat, Placement
+from opsa_jax.data.records import Record
+from opsa_jax.evals.suite import judge, load_suite, summarise
+from opsa_jax.models.config import DecoderConfig
+from opsa_jax.models.params import Params
+from opsa_jax.rollout.engine import Engine
+from opsa_jax.rollout.filters import Sampling
+from opsa_jax.rollout.sampler import row_keys
+
+
+def evaluate(
+    params: Params, cfg: DecoderConfig, chat: Chat, evals: EvalConfig, seed: int = 0, context: str = "", placement: Placement = "system"
+) -> tuple[dict[str, Any], list[dict]]:
+    """Score a model on a suite; deterministic given the seed. With a `context` before every prompt it scores a teacher.
+
+    Returns:
+        Results by metric, and one transcript per prompt: id, metric, prompt, prefill, response, outcome.
+    """
+    records = load_suite(evals.suite, limit=evals.limit)
+    prompts = [chat.encode(r.prompt, context, placement, r.system) for r in records]
+    responses = respond(params, cfg, chat, records, prompts, evals, seed)
+    outcomes = [judge(r, text, evals.refusal_phrases) for r, text in zip(records, responses, strict=True)]
+    transcripts = [
+        {"id": r.id, "metric": r.extra["metric"], "prompt": r.prompt, "prefill": r.extra.get("prefill", ""), "response": text, "outcome": o}
+        for r, text, o in zip(records, responses, outcomes, strict=True)
+    ]
+    return summarise(records, responses, outcomes), transcripts
+
+
+def respond(
+    params: Params, cfg: DecoderConfig, chat: Chat, records: Sequence[Record], prompts: list[list[int]], evals: EvalConfig, seed: int
+) -> list[str]:
+    """One response per record; where the record has a `prefill`, the response starts with it."""
+    prefills = [chat.encode_texts([r.extra.get("prefill", "")])[0] for r in records]
+    prompts = [[*prompt, *prefill] for prompt, prefill in zip(prompts, prefills, strict=True)]
+    numbers_N = np.array([zlib.crc32(r.id.encode()) & 0x7FFFFFFF for r in records], np.int32)
+    keys_N = row_keys(jax.random.key(seed), "evaluate", 0, numbers_N, np.zeros(len(records), np.int32))
+    engine = Engine(params, cfg, Sampling(temperature=evals.temperature), chat.stop_ids, evals.max_new_tokens, evals.batch)
+    responses = engine.run(prompts, keys_N)
+    return [chat.decode_response([*prefill, *r.ids]) for prefill, r in zip(prefills, responses, strict=True)]
+
+
+def results_table(results: dict[str, dict[str, Any]]) -> Table:
+    """Models side by side, one row per metric, rates with 95 % intervals."""
+    table = Table(title="results (rate and 95 % interval)", title_justify="left")
+    table.add_column("metric")
+    table.add_column("n", justify="right")
+    for name in results:
+        table.add_column(name, justify="right")
+    first = next(iter(results.values()))
+    for metric in first:
+        cells = [_cell(metric, r[metric]) if metric in r else "" for r in results.values()]
+        table.add_row(metric, str(first[metric]["n"]), *cells)
+    return table
+
+
+def _cell(metric: str, value: dict[str, Any]) -> str:
+    digits = 1 if metric.endswith("_words") else 3
+    return f"{value['rate']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"

@@ -1,0 +1,41 @@
+"""Logical axes and the mesh axes they are split over. Weights and activations name what an axis means; this file says where it lives."""
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# ZeRO-3: weights and optimizer state are split along `embed` over fsdp and along heads, ffn and vocabulary over tensor.
+# Activations are split by batch over both data axes and are whole along d_model.
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    "head_dim": None,
+    "rank": None,
+    None: None,
+}
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """The `PartitionSpec` of an array whose dimensions have these logical axes.
+
+    >>> tuple(spec("embed", "heads", "head_dim"))
+    ('fsdp', 'tensor', None)
+    """
+    return PartitionSpec(*(RULES[a] for a in axes))
+
+
+def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """`spec` on a concrete mesh."""
+    return NamedSharding(mesh, spec(*axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin the layout of an intermediate value inside jit. Does nothing where no mesh is set (`jax.set_mesh`) or on one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*axes))

@@ -1,0 +1,170 @@
+"""From a recipe file and flags to one validated `RunConfig`, and back to JSON."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import re
+import shlex
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from opsa_jax.cli import parse
+from opsa_jax.config import RunConfig
+from opsa_jax.errors import UserError, did_you_mean
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def load_recipe(path: str) -> RunConfig:
+    """Run `get_config()` of a recipe file.
+
+    Raises:
+        UserError: no such file, no `get_config`, an unknown field (with the nearest), or a result that is not a `RunConfig`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"no recipe file {path!r}{_nearest_recipe(file)}")
+    spec = importlib.util.spec_from_file_location("recipe", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except TypeError as e:
+        found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(e))
+        if not found:
+            raise
+        known = _fields_of(found.group(1))
+        raise UserError(f"recipe {path}: {found.group(1)} has no field {found.group(2)!r}{did_you_mean(found.group(2), known)}") from None
+    except (SyntaxError, ImportError, AttributeError, NameError) as e:
+        raise UserError(f"recipe {path}: {type(e).__name__}: {e}; a recipe is a Python file with get_config() -> RunConfig") from None
+    if not isinstance(config, RunConfig):
+        raise UserError(f"recipe {path}: get_config() must return a RunConfig, got {type(config).__name__}")
+    return config
+
+
+def _nearest_recipe(file: Path) -> str:
+    folder = file.parent if file.parent != Path(".") and file.parent.is_dir() else Path("configs")
+    return did_you_mean(str(file), [str(p) for p in folder.glob("**/*.py")] or ["a file of configs/"])
+
+
+def _fields_of(class_name: str) -> list[str]:
+    import opsa_jax.config as module
+
+    kind = getattr(module, class_name, None)
+    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
+def parse_run(argv: list[str], prog: str, description: str) -> tuple[RunConfig, bool]:
+    """`[recipe.py] [--section.field value ...] [--print-config]` -> (validated config, whether to only print it)."""
+    argv = list(argv)
+    only_print = "--print-config" in argv
+    argv = [a for a in argv if a != "--print-config"]
+    base = load_recipe(argv.pop(0)) if argv and not argv[0].startswith("-") else RunConfig()
+    config = parse(RunConfig, base, argv, prog, description)
+    validate(config)
+    return config, only_print
+
+
+def validate(config: RunConfig) -> None:
+    """Everything that can be known wrong before anything is loaded.
+
+    Raises:
+        UserError: naming the field, its value and what is allowed.
+    """
+
+    def check(ok: bool, name: str, value: Any, allowed: str) -> None:
+        if not ok:
+            raise UserError(f"--{name} {value}: {allowed}")
+
+    c, t, o, r = config, config.train, config.objective, config.rollout
+    for name, value in {
+        "train.prompts-per-rollout": t.prompts_per_rollout,
+        "train.update-batch": t.update_batch,
+        "rollout.max-new-tokens": r.max_new_tokens,
+        "rollout.samples-per-prompt": r.samples_per_prompt,
+        "objective.k": o.k,
+        "objective.chunk": o.chunk,
+        "evals.batch": c.evals.batch,
+        "train.keep": t.keep,
+        "model.scan-unroll": c.model.scan_unroll,
+    }.items():
+        check(value >= 1, name, value, "must be at least 1")
+    for name, value in {"objective.mix": o.mix, "objective.beta": o.beta, "rollout.top-p": r.top_p, "rollout.min-p": r.min_p}.items():
+        check(0 <= value <= 1, name, value, "must be between 0 and 1")
+    check(r.top_p > 0, "rollout.top-p", r.top_p, "must be above 0")
+    check(o.divergence != "jsd" or 0 < o.beta < 1, "objective.beta", o.beta, "must be strictly between 0 and 1 for jsd")
+    check(o.temperature > 0, "objective.temperature", o.temperature, "must be above 0")
+    check(r.temperature >= 0, "rollout.temperature", r.temperature, "must be 0 (greedy) or above")
+    check(r.top_k >= 0, "rollout.top-k", r.top_k, "must be 0 (off) or above")
+    check(t.steps >= 0 and (t.steps or t.epochs > 0), "train.steps", t.steps, "must be positive, or 0 with a positive --train.epochs")
+    check(c.optim.lr >= 0, "optim.lr", c.optim.lr, "must be 0 or above")
+    check(c.optim.warmup >= 0, "optim.warmup", c.optim.warmup, "must be 0 or above")
+    check(c.seed >= 0, "seed", c.seed, "must be 0 or above")
+    sequences = t.prompts_per_rollout * r.samples_per_prompt
+    whole = "must divide the sequences of a rollout batch, prompts_per_rollout * samples_per_prompt"
+    check(sequences % t.update_batch == 0, "train.update-batch", t.update_batch, f"{whole} = {sequences}")
+    micro = t.micro_batch or t.update_batch
+    check(micro > 0 and t.update_batch % micro == 0, "train.micro-batch", micro, f"must divide --train.update-batch {t.update_batch}")
+    check(c.teacher.weights != "checkpoint" or c.teacher.path, "teacher.weights", "checkpoint", "needs --teacher.path")
+    check(0 <= c.teacher.ema_decay <= 1, "teacher.ema-decay", c.teacher.ema_decay, "must be between 0 and 1")
+    check(bool(c.data.sources), "data.sources", "()", "at least one source is needed")
+    for i, source in enumerate(c.data.sources):
+        check(source.label in ("", "harmful", "benign"), f"data.sources.{i}.label", source.label, "must be harmful, benign or empty")
+        check(source.weight > 0, f"data.sources.{i}.weight", source.weight, "must be above 0")
+        check(source.where.count("=") == 1 or not source.where, f"data.sources.{i}.where", source.where, "must be FIELD=VALUE")
+    unknown = [x for x in c.model.lora.targets if x not in LORA_TARGETS]
+    check(not unknown, "model.lora.targets", " ".join(unknown), f"allowed: {' '.join(LORA_TARGETS)}")
+    check(c.model.lora.rank >= 0, "model.lora.rank", c.model.lora.rank, "must be 0 (all weights) or above")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved run as plain JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any], kind: type = RunConfig) -> Any:
+    """The inverse of `to_dict`; fields that the file does not have take their defaults.
+
+    Raises:
+        UserError: a field that this version does not know.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise UserError(f"saved config: {kind.__name__} has no field {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+
+    def read(hint: Any, value: Any) -> Any:
+        if dataclasses.is_dataclass(hint):
+            return from_dict(value, hint)
+        if typing.get_origin(hint) is tuple:
+            return tuple(read(typing.get_args(hint)[0], v) for v in value)
+        return value
+
+    return kind(**{name: read(hints[name], value) for name, value in values.items()})
+
+
+def config_hash(config: RunConfig) -> str:
+    """Short hash of what determines the result: everything but the run directory, `resume` and logging."""
+    d = {k: v for k, v in to_dict(config).items() if k not in ("out", "resume", "log")}
+    return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def provenance(config: RunConfig) -> dict[str, Any]:
+    """What is saved beside the config: hash, versions and the command line."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in ("opsa_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "safetensors", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "config": to_dict(config),
+        "config_hash": config_hash(config),
+        "versions": versions | {"python": sys.version.split()[0]},
+        "command": shlex.join(sys.argv),
+    }
