@@ -20,6 +20,9 @@ from opsa_jax.training import setup
 from opsa_jax.training.setup import prepare
 from opsa_jax.training.step import row_order
 
+# Adam's first update is lr * g / (|g| + eps): with the usual eps it is as rough as the sign of a gradient that rounding moves.
+WELL_CONDITIONED = c.OptimConfig(lr=1e-2, eps=1e-3)
+
 
 def one_rollout(run, state, number=0):
     with jax.set_mesh(run.mesh):
@@ -76,13 +79,14 @@ def test_micro_batches_do_not_change_the_update(tmp_path, reduction):
     for micro in (8, 4, 2):
         train = c.TrainConfig(steps=4, prompts_per_rollout=8, update_batch=8, micro_batch=micro)
         room = c.RolloutConfig(max_new_tokens=24)
-        run, state = prepare(run_config(tmp_path, train=train, rollout=room, objective=c.ObjectiveConfig(chunk=8, reduction=reduction)))
+        objective = c.ObjectiveConfig(chunk=8, reduction=reduction)
+        run, state = prepare(run_config(tmp_path, train=train, rollout=room, objective=objective, optim=WELL_CONDITIONED))
         _, batch = one_rollout(run, state)
         state, metrics = updated(run, state, batch)
         results.append((state.trainable, metrics))
     assert len({int(n) for n in np.asarray(batch.response_mask_SR).sum(1)}) > 1, "the test needs responses of different lengths"
     for weights, metrics in results[1:]:
-        assert largest_difference(weights, results[0][0]) < 1e-5  # of updates of 1e-2
+        assert largest_difference(weights, results[0][0]) < 1e-5
         assert metrics["loss"] == pytest.approx(results[0][1]["loss"], rel=1e-5)
 
 
@@ -115,7 +119,7 @@ def test_ema_teacher_follows(tmp_path):
     _, batch = one_rollout(run, state)
     state, _ = updated(run, state, batch)
     expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, start, state.trainable)
-    assert largest_difference(state.ema, expected) < 1e-7 < largest_difference(state.ema, start)
+    assert largest_difference(state.ema, expected) < 1e-6 < largest_difference(state.ema, start)
 
 
 def test_checkpoint_teacher_with_padded_vocabulary(tmp_path):
@@ -134,7 +138,7 @@ def test_any_mesh_gives_the_same_update(tmp_path, monkeypatch):
     for shape in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)):
         devices = jax.devices()[: math.prod(shape)]
         monkeypatch.setattr(setup, "make_mesh", functools.partial(mesh.make_mesh, devices=devices))
-        run, state = prepare(run_config(tmp_path, mesh=c.MeshConfig(*shape)))
+        run, state = prepare(run_config(tmp_path, mesh=c.MeshConfig(*shape), optim=WELL_CONDITIONED))
         parts = state.trainable.layers.wq_LDNH.sharding.shard_shape(state.trainable.layers.wq_LDNH.shape)
         assert math.prod(parts) * shape[1] * shape[2] == state.trainable.layers.wq_LDNH.size
         rollout, batch = one_rollout(run, state)
@@ -144,7 +148,7 @@ def test_any_mesh_gives_the_same_update(tmp_path, monkeypatch):
     for tokens, loss, weights in results[1:]:
         np.testing.assert_array_equal(tokens, results[0][0])
         assert loss == pytest.approx(results[0][1], rel=1e-5)
-        assert largest_difference(weights, results[0][2]) < 1e-4  # Adam's first update of 1e-2 is as rough as the sign of a gradient
+        assert largest_difference(weights, results[0][2]) < 1e-5
 
 
 def test_nothing_of_size_tokens_by_vocabulary(tmp_path):
