@@ -45,6 +45,16 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class RouteConfig:
+    """One of several teachers."""
+
+    name: str = ""
+    """What the records that this teacher supervises have in their teacher field."""
+    path: str = ""
+    """Its checkpoint."""
+
+
+@dataclass(frozen=True)
 class TeacherConfig:
     """Who supervises, and what it sees that the student does not."""
 
@@ -60,6 +70,18 @@ class TeacherConfig:
     """Context for prompts labelled benign, likewise."""
     placement: Literal["system", "user"] = "system"
     """Where the context goes: a system message, or the start of the user turn."""
+    routes: tuple[RouteConfig, ...] = ()
+    """Several teachers instead of one: each record is supervised by the one that its teacher field names (FiRe-OPD)."""
+    constitution: str = ""
+    """One context per category instead of one per label (COPSD): @default, @sandbox, or file:PATH of a JSON file."""
+    constitution_share: float = 1.0
+    """Share of the harmful prompts that get the constitution, chosen by record; the others get no context (COPSD: 0.85)."""
+    constitution_benign: Literal["default", "none"] = "default"
+    """What benign prompts get from the constitution: its general text, or nothing."""
+    steering: str = ""
+    """direction.safetensors of `python -m opsa_jax.steer`: the teacher is steered along it (SafeSteer)."""
+    steering_coefficient: float = 1.0
+    """Factor of the direction."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +107,9 @@ class SourceConfig:
     id_field: str = "id"
     """Field with the record's id; the record's number where the field is absent."""
     response_field: str = "response"
-    """Field with a given response (optional; used by off-policy recipes)."""
+    """Field with a given response (for rollout.writer=file; the chosen one of a preference pair)."""
+    rejected_field: str = "rejected"
+    """Field with the rejected response of a preference pair (for objective.loss=dpo)."""
     teacher_field: str = "teacher"
     """Field that names the record's teacher (optional)."""
     limit: int = 0
@@ -112,8 +136,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How the student samples the responses it is trained on."""
+    """Who writes the responses that are trained on, and how they are sampled."""
 
+    writer: Literal["student", "teacher", "file"] = "student"
+    """student: on-policy; teacher: sampled from the teacher, with its context and steering; file: the response field of the records."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy."""
     top_k: int = 0
@@ -129,25 +155,95 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """Divergence between student and teacher at every response token, and how it is summed."""
+class WeightConfig:
+    """Which tokens count, and how much. Statistics are those of the student that wrote the responses, without a gradient."""
 
+    kind: Literal["uniform", "window", "fire", "tip", "entropy"] = "uniform"
+    """uniform; window: the first tokens, with decay; fire: confident teacher and unsure student weigh more (FiRe-OPD); tip and
+    entropy: only the share `keep` of tokens, by student entropy and divergence together (TIP) or by student entropy (REOPOLD)."""
+    first: int = 32
+    """window: tokens at the start of a response that count."""
+    decay: float = 1.0
+    """window: factor per token."""
+    teacher_confidence: float = 1.0
+    """fire: a of (1 + a * confidence of the teacher)(1 + b * entropy of the student)."""
+    student_entropy: float = 1.0
+    """fire: b."""
+    keep: float = 0.5
+    """tip, entropy: share of the tokens kept."""
+    after: float = 0.0
+    """Share of the updates after which the weights apply; uniform before (REOPOLD's second phase)."""
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which responses count."""
+
+    kind: Literal["none", "teacher_logp"] = "none"
+    """teacher_logp drops the responses least likely under the teacher, over the global rollout batch (FiRe-OPD)."""
+    quantile: float = 0.2
+    """teacher_logp: responses below this quantile are dropped."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Policy gradient on the sampled tokens, with objective.loss=policy."""
+
+    advantage: Literal["teacher", "return", "token", "outcome", "exopd", "floor"] = "teacher"
+    """teacher: log q - log p_old (FiRe-OPD); return: its return-to-go, normalised per prompt and step (COPSD, paper); token: clamped,
+    normalised per prompt (COPSD, released code); outcome: the latter times an outcome reward (COPSD, hybrid); exopd; floor (REOPOLD)."""
+    clip: float = 0.2
+    """Clips the ratio p / p_old to 1 -+ this (PPO); 0 does not."""
+    gamma: float = 1.0
+    """return: discount per token."""
+    reference_kl: float = 0.0
+    """Factor of the KL to the initial student (k3 estimate at the sampled tokens)."""
+    reward: str = "refusal"
+    """outcome: refusal (+1 for a refused harmful or an answered benign prompt, otherwise -1), or FILE.py:FUNCTION(record, response)."""
+    outcome_mix: float = 0.3
+    """outcome: share of the token part."""
+    exopd_lambda: float = 1.25
+    """exopd: weight of the teacher's gain over the reference."""
+    floor_lambda: float = 0.2
+    """floor: rewards are at least log(lambda / (1 - lambda))."""
+    divergence: float = 0.0
+    """Also add this times the divergence of the objective, on the tokens that its entropy floor leaves (EOPD)."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised at every response token, and how it is summed."""
+
+    loss: Literal["divergence", "policy", "nll", "dpo"] = "divergence"
+    """divergence between student and teacher; policy gradient on sampled tokens; nll of the responses (SFT); dpo on pairs."""
     divergence: Literal["forward", "reverse", "mix", "jsd"] = "mix"
     """forward = KL(teacher, student), reverse = KL(student, teacher), mix = a*forward + (1-a)*reverse, jsd = JSD(b)."""
     mix: float = 0.5
     """a of mix (OPSA, arXiv 2605.15239, App. F: 0.5)."""
     beta: float = 0.5
     """b of jsd: the mixture distribution is b*teacher + (1-b)*student."""
-    support: Literal["full", "teacher_topk", "student_topk"] = "full"
-    """Tokens the divergence is summed over: the whole vocabulary, or the top k of teacher or student."""
+    support: Literal["full", "teacher_topk", "student_topk", "tokens"] = "full"
+    """Tokens the divergence is summed over: the whole vocabulary, the top k of teacher or student, or the fixed set in `tokens`."""
     subset: Literal["raw", "generalised", "renormalise", "tail"] = "renormalise"
-    """On a top-k support: the raw partial sum, that sum made least at equality, both sides renormalised, or a bucket for the rest."""
+    """On part of the vocabulary: the raw partial sum, that sum made least at equality, both sides renormalised, or a bucket for the rest."""
     k: int = 512
     """k of the top-k supports."""
+    tokens: str = ""
+    """tokens.json of `python -m opsa_jax.steer`, for support=tokens (SafeSteer)."""
     temperature: float = 1.0
     """Divides the logits of both sides in the loss (not the sampling temperature)."""
+    entropy_floor: float = 0.0
+    """The divergence counts only where the teacher's entropy is at least this, in nats (EOPD: 0.8); 0 is everywhere."""
     reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
     """Mean over all response tokens of the update batch, or mean over sequences of their token means."""
+    weights: WeightConfig = field(default_factory=WeightConfig)
+    """Which tokens count, and how much."""
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    """Which responses count."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """Policy gradient, with loss=policy."""
+    dpo_beta: float = 0.1
+    """beta of loss=dpo."""
     chunk: int = 1024
     """Tokens whose logits exist at the same time (per device)."""
 

@@ -38,6 +38,8 @@ class Chat:
     """Ids that end a response: eos of the tokenizer and of generation_config.json, and the template's end of turn."""
     pad_id: int = 0
     """Filler for padded columns. Its value never matters: masks say what is padding."""
+    end_id: int = 0
+    """Ends a given response: the template's end of turn, or else the first stop id."""
     ignores_switch: bool = False
     """`thinking` is on or off, but the template renders the same text for both."""
     closes_think: bool = False
@@ -74,12 +76,14 @@ class Chat:
             raise UserError(f"the tokenizer of {path!r} has no chat template; use an instruction-tuned checkpoint, or add one") from None
         chat = cls(path, tokenizer, thinking)
         chat.render(_PROBE)  # a template that cannot even do this is refused here
-        stops = [tokenizer.eos_token_id, *_generation_eos(where, revision), chat._end_of_turn()]
+        end = chat._end_of_turn()
+        stops = [tokenizer.eos_token_id, *_generation_eos(where, revision), end]
         stops = tuple(dict.fromkeys(i for i in stops if i is not None))
+        end = next(iter(stops), 0) if end is None else end
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
         ignores = thinking != "auto" and chat._template(_probe(), enable_thinking=True) == chat._template(_probe(), enable_thinking=False)
         closes = ignores and thinking == "off" and chat._template(_probe()).rstrip().endswith("<think>")
-        chat = dataclasses.replace(chat, stop_ids=stops, pad_id=pad, ignores_switch=ignores, closes_think=closes)
+        chat = dataclasses.replace(chat, stop_ids=stops, pad_id=pad, end_id=end, ignores_switch=ignores, closes_think=closes)
         return dataclasses.replace(chat, splitter=chat._safe_splitter())
 
     def render(self, prompt: str, context: str = "", placement: Placement = "system", system: str = "") -> str:
@@ -130,6 +134,10 @@ class Chat:
         pieces = list(dict.fromkeys(piece for row in cut for piece in row))
         ids = {piece: np.asarray(i, np.int32) for piece, i in zip(pieces, self._tokenize(pieces))}
         return [np.concatenate([np.zeros(0, np.int32), *(ids[piece] for piece in row)]) for row in cut]
+
+    def encode_answers(self, texts: Sequence[str]) -> tuple[np.ndarray, ...]:
+        """int32 ids of whole responses, each with `end_id` at its end."""
+        return tuple(np.append(ids, np.int32(self.end_id)) for ids in self.encode_texts(texts)) if texts else ()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens included."""
@@ -278,7 +286,7 @@ def preflight(
     if not sources:
         raise UserError("there are no prompts; give --data.sources at least one source with records")
     _check_ids(student, sources, vocab_size)
-    _check_same_tokens(student, teacher)
+    check_same_tokens(student, teacher)
     warnings = [w for chat in {id(c): c for c in (student, teacher)}.values() for w in _check_template(chat)]
     _check_boundary(student, teacher, sources)
     fitting, skipped = [], 0
@@ -315,7 +323,7 @@ def _check_ids(chat: Chat, sources: Sequence[Sequence["Example"]], vocab_size: i
         )
 
 
-def _check_same_tokens(student: Chat, teacher: Chat) -> None:
+def check_same_tokens(student: Chat, teacher: Chat) -> None:
     """Student and teacher are compared id by id, so every id must mean the same to both."""
     if student is teacher:
         return

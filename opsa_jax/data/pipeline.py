@@ -34,6 +34,8 @@ class Example:
     """[length] int32, the teacher's templated prompt, with its context."""
     record: Record
     """What it was made from: id, label, category, teacher route, given response."""
+    answers: tuple[np.ndarray, ...] = ()
+    """[length] int32 each: given responses with their stop token, where the run trains on given responses."""
 
     @property
     def id(self) -> str:
@@ -46,6 +48,7 @@ def encode_all(
     context: Callable[[Record], str] = lambda record: "",
     placement: Placement = "system",
     teacher_chat: Chat | None = None,
+    answers: Callable[[Record], tuple[str, ...]] = lambda record: (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Example]:
     """Both prompts of every record.
@@ -56,6 +59,7 @@ def encode_all(
         context: What the teacher sees besides the record; OPSA chooses it by `record.label`, COPSD by `record.category`.
         placement: Where the context goes, see `Chat.render`.
         teacher_chat: The teacher's template, where it is not the student's.
+        answers: Given responses of a record, which get the student's stop token.
         progress: Called with (records done, records in all) now and then.
 
     Raises:
@@ -72,7 +76,8 @@ def encode_all(
         else:
             ids = chat.encode_texts(ours) + teacher_chat.encode_texts(theirs)
         n = len(chunk)
-        examples += [Example(_key(r), ids[i], ids[n + i], r) for i, r in enumerate(chunk)]
+        given = [chat.encode_answers(answers(r)) for r in chunk]
+        examples += [Example(_key(r), ids[i], ids[n + i], r, given[i]) for i, r in enumerate(chunk)]
         progress(start + n, len(records))
     return examples
 

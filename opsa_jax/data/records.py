@@ -26,7 +26,9 @@ class Record:
     """`harmful` or `benign`; chooses the teacher's context."""
     category: str = ""
     response: str = ""
-    """A given response, for off-policy recipes."""
+    """A given response; the chosen one of a preference pair."""
+    rejected: str = ""
+    """The rejected response of a preference pair."""
     teacher: str = ""
     """Route: the name of the teacher that supervises this record, where there are several."""
     system: str = ""
@@ -50,6 +52,7 @@ def make_record(row: Mapping[str, Any], source: SourceConfig, number: int, line:
         source.category_field,
         source.id_field,
         source.response_field,
+        source.rejected_field,
         source.teacher_field,
         "system",
         *(() if source.label else (source.label_field,)),
@@ -60,6 +63,7 @@ def make_record(row: Mapping[str, Any], source: SourceConfig, number: int, line:
         label=source.label or _label(row, source.label_field),
         category=_text(row, source.category_field),
         response=_text(row, source.response_field),
+        rejected=_text(row, source.rejected_field),
         teacher=_text(row, source.teacher_field),
         system=_text(row, "system"),
         source=source.path,

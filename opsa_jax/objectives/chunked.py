@@ -22,10 +22,19 @@ from jax.sharding import PartitionSpec as P
 
 from opsa_jax.config import ObjectiveConfig
 from opsa_jax.objectives.divergence import divergence, forward_kl, reverse_kl, subset_divergence
+from opsa_jax.objectives.vocabulary import (
+    NOWHERE,
+    ROWS,
+    VOCAB,
+    Vocabulary,
+    head_gradient_spec,
+    local_vocabulary,
+    mesh_shape,
+    reduce_gradients,
+    rows_with_weight,
+)
 
-ROWS, VOCAB = ("data", "fsdp"), "tensor"
 STATISTICS = ("divergence", "kl_forward", "kl_reverse", "entropy_student", "entropy_teacher", "logp_student", "logp_teacher")
-_NOWHERE = -1e30  # log-probability of what is not there: finite, so that 0 * logp is 0
 
 
 class _Spec(NamedTuple):
@@ -37,104 +46,58 @@ class _Spec(NamedTuple):
     train_head: bool
 
 
-class _Vocabulary(NamedTuple):
-    """The vocabulary as one device sees it: columns [offset, offset + width) of `size` tokens. Ids are global."""
-
-    axis: tuple[str, ...]
-    """Mesh axis it is split over, or nothing."""
-    offset: jax.Array | int
-    width: int
-    size: int
-
-    def sum(self, x_CV):
-        return lax.psum(x_CV.sum(-1), self.axis)
-
-    def logsumexp(self, x_CV):
-        top_C = lax.pmax(x_CV.max(-1), self.axis)
-        return top_C + jnp.log(self.sum(jnp.exp(x_CV - top_C[:, None])))
-
-    def log_softmax(self, logits_CV):
-        is_token_V = self.offset + jnp.arange(self.width) < self.size
-        logits_CV = jnp.where(is_token_V[None], logits_CV, _NOWHERE)
-        return logits_CV - self.logsumexp(logits_CV)[:, None]
-
-    def top(self, x_CV, k: int):
-        """Ids [C, k] of the k largest; of equals, the smaller id first."""
-        value_CK, id_CK = lax.top_k(x_CV, min(k, self.width))
-        id_CK = id_CK + self.offset
-        if self.axis:
-            value_CK, id_CK = (lax.all_gather(a, self.axis, axis=1, tiled=True) for a in (value_CK, id_CK))
-            id_CK = jnp.take_along_axis(id_CK, lax.top_k(value_CK, k)[1], axis=-1)
-        return id_CK
-
-    def pick(self, x_CV, ids_CK):
-        """x [C, K] at ids, from the device that has them."""
-        column_CK = self._columns(ids_CK)
-        mine_CK = jnp.take_along_axis(x_CV, column_CK, axis=-1, mode="fill", fill_value=0.0)
-        return lax.psum(mine_CK, self.axis)
-
-    def place(self, x_CK, ids_CK):
-        """The transpose of `pick`: zeros [C, width] with x at ids, as far as they are here."""
-        rows_C1 = jnp.arange(x_CK.shape[0])[:, None]
-        return jnp.zeros((x_CK.shape[0], self.width), x_CK.dtype).at[rows_C1, self._columns(ids_CK)].set(x_CK, mode="drop")
-
-    def _columns(self, ids_CK):
-        """Columns here; out of range (not negative, which would count from the end) for ids of other devices."""
-        column_CK = ids_CK - self.offset
-        return jnp.where(column_CK < 0, self.width, column_CK)
-
-
-def _value_and_slope(cfg: ObjectiveConfig, vocab: _Vocabulary, logp_s_CV, logp_t_CV, w_C):
-    """Divergence [C] and w * dD/dlogp_s [C, V]. The tokens of a top-k support are constants in the derivative."""
+def _value_and_slope(cfg: ObjectiveConfig, vocab: Vocabulary, logp_s_CV, logp_t_CV, w_C, tokens_K):
+    """Divergence [C] and w * dD/dlogp_s [C, V]. The tokens of a support are constants in the derivative."""
     if cfg.support == "full":
         local_C, pull = jax.vjp(lambda logp_s: divergence(cfg, logp_s, logp_t_CV), logp_s_CV)
         return lax.psum(local_C, vocab.axis), pull(w_C)[0]
-    ids_CK = vocab.top(logp_t_CV if cfg.support == "teacher_topk" else logp_s_CV, min(cfg.k, vocab.size))
+    if cfg.support == "tokens":
+        ids_CK = jnp.broadcast_to(tokens_K, (w_C.shape[0], tokens_K.shape[0]))
+    else:
+        ids_CK = vocab.top(logp_t_CV if cfg.support == "teacher_topk" else logp_s_CV, min(cfg.k, vocab.size))
     return _on_tokens(cfg, vocab, ids_CK, logp_s_CV, logp_t_CV, w_C)
 
 
-def _on_tokens(cfg: ObjectiveConfig, vocab: _Vocabulary, ids_CK, logp_s_CV, logp_t_CV, w_C):
+def _on_tokens(cfg: ObjectiveConfig, vocab: Vocabulary, ids_CK, logp_s_CV, logp_t_CV, w_C):
     """`_value_and_slope` on the tokens ids [C, K]."""
     logp_s_CK, logp_t_CK = vocab.pick(logp_s_CV, ids_CK), vocab.pick(logp_t_CV, ids_CK)
     if cfg.subset != "tail":
         value_C, pull = jax.vjp(lambda s: subset_divergence(cfg, s, logp_t_CK), logp_s_CK)
         return value_C, vocab.place(pull(w_C)[0], ids_CK)
     outside_CV = ~vocab.place(jnp.ones(ids_CK.shape, bool), ids_CK)
-    rest_s_C, rest_t_C = (vocab.logsumexp(jnp.where(outside_CV, x, _NOWHERE)) for x in (logp_s_CV, logp_t_CV))
+    rest_s_C, rest_t_C = (vocab.logsumexp(jnp.where(outside_CV, x, NOWHERE)) for x in (logp_s_CV, logp_t_CV))
     value_C, pull = jax.vjp(lambda s, rest: subset_divergence(cfg, s, logp_t_CK, rest, rest_t_C), logp_s_CK, rest_s_C)
     slope_CK, slope_rest_C = pull(w_C)
     share_CV = jnp.where(outside_CV, jnp.exp(logp_s_CV - rest_s_C[:, None]), 0.0)  # d rest / d logp
     return value_C, vocab.place(slope_CK, ids_CK) + slope_rest_C[:, None] * share_CV
 
 
-def _chunk(cfg: ObjectiveConfig, vocab: _Vocabulary, logits_s_CV, logits_t_CV, w_C, ids_C):
+def _chunk(cfg: ObjectiveConfig, vocab: Vocabulary, logits_s_CV, logits_t_CV, w_C, ids_C, tokens_K):
     """Statistics of one chunk, each [C], and the gradient [C, V] of sum(w * D) in the student's logits."""
     logp_s_CV, logp_t_CV = vocab.log_softmax(logits_s_CV / cfg.temperature), vocab.log_softmax(logits_t_CV / cfg.temperature)
     p_s_CV, p_t_CV = jnp.exp(logp_s_CV), jnp.exp(logp_t_CV)
-    value_C, slope_CV = _value_and_slope(cfg, vocab, logp_s_CV, logp_t_CV, w_C)
+    entropy_t_C = -vocab.sum(p_t_CV * logp_t_CV)
+    unsure_C = (entropy_t_C >= cfg.entropy_floor) if cfg.entropy_floor > 0 else jnp.ones_like(w_C)
+    value_C, slope_CV = _value_and_slope(cfg, vocab, logp_s_CV, logp_t_CV, w_C * unsure_C, tokens_K)
     gradient_CV = (slope_CV - p_s_CV * vocab.sum(slope_CV)[:, None]) / cfg.temperature
     statistics = {
-        "divergence": value_C,
+        "divergence": value_C * unsure_C,
         "kl_forward": lax.psum(forward_kl(logp_s_CV, logp_t_CV), vocab.axis),
         "kl_reverse": lax.psum(reverse_kl(logp_s_CV, logp_t_CV), vocab.axis),
         "entropy_student": -vocab.sum(p_s_CV * logp_s_CV),
-        "entropy_teacher": -vocab.sum(p_t_CV * logp_t_CV),
+        "entropy_teacher": entropy_t_C,
         "logp_student": vocab.pick(logp_s_CV, ids_C[:, None])[:, 0],
         "logp_teacher": vocab.pick(logp_t_CV, ids_C[:, None])[:, 0],
     }
     return statistics, gradient_CV
 
 
-def _device(spec: _Spec, gradients: bool, mesh_shape: dict[str, int], hs_ND, head_s_DV, ht_ND, head_t_DV, w_N, ids_N):
+def _device(spec: _Spec, gradients: bool, shape: dict[str, int], hs_ND, head_s_DV, ht_ND, head_t_DV, w_N, ids_N, tokens_K):
     """The rows and columns of one device -> (loss, statistics [N], (hidden gradient, head gradient) or None where not asked for)."""
     N, (D, width) = w_N.shape[0], head_s_DV.shape
     C = min(spec.cfg.chunk, N)
-    rows, axis = (ROWS, (VOCAB,)) if mesh_shape else ((), ())
-    vocab = _Vocabulary(axis, lax.axis_index(VOCAB) * width if axis else 0, width, spec.vocabulary)
-    # Indices of the rows with weight, in order; N, which is no row, fills up to a whole number of chunks.
-    order = jnp.nonzero(w_N, size=math.ceil(N / C) * C, fill_value=N)[0]
-    # Every device runs the chunks of the fullest one: collectives in a loop need the same trip count everywhere.
-    chunks = lax.pmax((jnp.count_nonzero(w_N) + C - 1) // C, rows)
+    vocab = local_vocabulary(shape, width, spec.vocabulary)
+    order, chunks = rows_with_weight(w_N, C, shape)
 
     def step(i, carry):
         statistics, d_hidden, d_head = carry
@@ -142,7 +105,7 @@ def _device(spec: _Spec, gradients: bool, mesh_shape: dict[str, int], hs_ND, hea
         hs_CD, ht_CD, w_C, ids_C = (x.at[at].get(mode="fill", fill_value=0) for x in (hs_ND, ht_ND, w_N, ids_N))
         logits_s_CV = jnp.dot(hs_CD, head_s_DV, preferred_element_type=jnp.float32)
         logits_t_CV = jnp.dot(ht_CD, head_t_DV, preferred_element_type=jnp.float32)
-        now, gradient_CV = _chunk(spec.cfg, vocab, logits_s_CV, logits_t_CV, w_C, ids_C)
+        now, gradient_CV = _chunk(spec.cfg, vocab, logits_s_CV, logits_t_CV, w_C, ids_C, tokens_K)
         statistics = {name: statistics[name].at[at].set(now[name], mode="drop") for name in STATISTICS}
         gradient_CV = gradient_CV.astype(hs_ND.dtype)
         if d_hidden is not None:
@@ -158,44 +121,27 @@ def _device(spec: _Spec, gradients: bool, mesh_shape: dict[str, int], hs_ND, hea
         jnp.zeros((D, width), jnp.float32) if gradients and spec.train_head else None,
     )
     statistics, d_hidden, d_head = lax.fori_loop(0, chunks, step, nothing)
-    loss = lax.psum(jnp.sum(w_N * statistics["divergence"]), rows)
-    if d_hidden is not None:
-        d_hidden = lax.psum(d_hidden, axis)
-    if d_head is not None and mesh_shape:
-        d_head = lax.psum(d_head, "data")
-        scatters = _head_gradient_spec(D, mesh_shape)[0] == "fsdp"
-        d_head = lax.psum_scatter(d_head, "fsdp", tiled=True) if scatters else lax.psum(d_head, "fsdp")
-    return loss, statistics, (d_hidden, d_head)
+    loss = lax.psum(jnp.sum(w_N * statistics["divergence"]), ROWS if shape else ())
+    return loss, statistics, reduce_gradients(d_hidden, d_head, shape)
 
 
-def _head_gradient_spec(D: int, mesh_shape: dict[str, int]) -> P:
-    """Layout of the head gradient: that of the head (parallel/rules.py), whole along D where fsdp does not divide it."""
-    return P("fsdp" if D % mesh_shape["fsdp"] == 0 else None, VOCAB)
-
-
-def _run(spec: _Spec, gradients: bool, hs_ND, head_s_DV, ht_ND, head_t_DV, w_N, ids_N):
+def _run(spec: _Spec, gradients: bool, hs_ND, head_s_DV, ht_ND, head_t_DV, w_N, ids_N, tokens_K):
     """`_device` on one device or on all devices of the mesh."""
     # Cast before they are gathered: half the traffic with bfloat16.
-    arrays = (hs_ND, head_s_DV.astype(hs_ND.dtype), ht_ND, head_t_DV.astype(ht_ND.dtype), w_N, ids_N)
-    mesh_shape = _mesh_shape()
-    local = functools.partial(_device, spec, gradients, mesh_shape)
-    if not mesh_shape:
+    arrays = (hs_ND, head_s_DV.astype(hs_ND.dtype), ht_ND, head_t_DV.astype(ht_ND.dtype), w_N, ids_N, tokens_K)
+    shape = mesh_shape()
+    local = functools.partial(_device, spec, gradients, shape)
+    if not shape:
         return local(*arrays)
     d_hidden = P(ROWS, None) if gradients else None
-    d_head = _head_gradient_spec(head_s_DV.shape[0], mesh_shape) if gradients and spec.train_head else None
+    d_head = head_gradient_spec(head_s_DV.shape[0], shape) if gradients and spec.train_head else None
     sharded = jax.shard_map(
         local,
-        in_specs=(P(ROWS, None), P(None, VOCAB), P(ROWS, None), P(None, VOCAB), P(ROWS), P(ROWS)),
+        in_specs=(P(ROWS, None), P(None, VOCAB), P(ROWS, None), P(None, VOCAB), P(ROWS), P(ROWS), P()),
         out_specs=(P(), dict.fromkeys(STATISTICS, P(ROWS)), (d_hidden, d_head)),
         check_vma=False,
     )
     return sharded(*arrays)
-
-
-def _mesh_shape() -> dict[str, int]:
-    """Axis sizes of the mesh that is set, empty for one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {} if mesh.empty or mesh.size == 1 else dict(mesh.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -213,13 +159,13 @@ def _loss_forward(spec: _Spec, *arrays):
 
 def _loss_backward(spec: _Spec, gradients, cotangents):
     d_hidden, d_head = jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients)
-    return d_hidden, d_head, None, None, None, None
+    return d_hidden, d_head, None, None, None, None, None
 
 
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def chunked_divergence(cfg: ObjectiveConfig, hs_ND, head_s_DV, ht_ND, head_t_DV, w_N, ids_N, *, train_head: bool):
+def chunked_divergence(cfg: ObjectiveConfig, hs_ND, head_s_DV, ht_ND, head_t_DV, w_N, ids_N, tokens_K=None, *, train_head: bool):
     """sum_n w_n D_n between the distributions that student and teacher hidden states give; no array has N * V elements.
 
     Logits are products in the dtype of the hidden states with float32 accumulation; everything after them is float32.
@@ -230,6 +176,7 @@ def chunked_divergence(cfg: ObjectiveConfig, hs_ND, head_s_DV, ht_ND, head_t_DV,
         head_s_DV, head_t_DV: output heads. Vocabularies padded to different widths are reconciled by their common prefix.
         w_N: float32 weights. Rows of weight 0 cost nothing, and what is in them does not matter.
         ids_N: int32 tokens whose log-probabilities are reported.
+        tokens_K: int32, different ids: the support with support=tokens.
         train_head: whether the gradient of the student's head is wanted (static). Without it no [D, V] buffer is made and the
             head's gradient is zero. It is summed in float32 over chunks, and over devices too if the head itself is float32.
 
@@ -238,11 +185,11 @@ def chunked_divergence(cfg: ObjectiveConfig, hs_ND, head_s_DV, ht_ND, head_t_DV,
         each [N] float32, zero where the weight is zero: the divergence, the full-vocabulary KL both ways, the entropies, and the
         log-probabilities of ids_N, all in nats and at the loss temperature.
     """
-    shape = _mesh_shape()
+    shape = mesh_shape()
     N, V = w_N.shape[0], min(head_s_DV.shape[1], head_t_DV.shape[1])
     more_rows, more_columns = -N % math.prod(shape.get(a, 1) for a in ROWS), -V % shape.get(VOCAB, 1)
     hs_ND, ht_ND, w_N, ids_N = (jnp.pad(x, [(0, more_rows)] + [(0, 0)] * (x.ndim - 1)) for x in (hs_ND, ht_ND, w_N, ids_N))
     head_s_DV, head_t_DV = (jnp.pad(head[:, :V], ((0, 0), (0, more_columns))) for head in (head_s_DV, head_t_DV))
     ht_ND, head_t_DV, w_N = lax.stop_gradient((ht_ND, head_t_DV, w_N))
-    loss, statistics = _loss(_Spec(cfg, V, train_head), hs_ND, head_s_DV, ht_ND, head_t_DV, w_N, ids_N)
+    loss, statistics = _loss(_Spec(cfg, V, train_head), hs_ND, head_s_DV, ht_ND, head_t_DV, w_N, ids_N, tokens_K)
     return loss, {name: x[:N] for name, x in statistics.items()}

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from opsa_jax.config import MeshConfig
@@ -38,3 +39,14 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts the batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """The rows of an array split along its first axis that are this process's, in order, on the host (waits for them).
+
+    The counterpart of `jax.make_array_from_process_local_data`; copies of a row on several devices count once.
+    """
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    rows = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(rows[start]) for start in sorted(rows)])

@@ -12,6 +12,7 @@ import numpy as np
 
 from opsa_jax.data.pipeline import Example
 from opsa_jax.evals.scorers import refused
+from opsa_jax.parallel.mesh import local_rows
 from opsa_jax.recipes import to_dict
 from opsa_jax.rollout.sampler import Rollout
 from opsa_jax.training.checkpoint import Checkpoints
@@ -59,10 +60,10 @@ def _save_due(every: int, done: int, launched: int, total: int) -> bool:
 
 def _report(run: Run, display: Display, writer: MetricWriter, clock: DeviceClock, first: int, launched, draws, rollout: Rollout) -> None:
     """Read the metrics of one rollout batch (this waits for it) and show them."""
-    host, responses, mask, finished = jax.device_get((launched, rollout.response_ids_BR, rollout.response_mask_BR, rollout.finished_B))
+    host, texts = jax.device_get(launched), run.texts(rollout)
+    mask, finished = local_rows(rollout.response_mask_BR), local_rows(rollout.finished_B)
     seconds = clock.take(first)
     spent = sum(seconds.values()) or 1.0
-    texts = [run.chat.decode_response(ids[: int(m.sum())]) for ids, m in zip(responses, mask, strict=True)]
     samples = [_sample(run, e, t) for (e, _), t in zip(draws, texts, strict=True)]
     common = {
         "response_tokens": float(mask.sum(1).mean()),

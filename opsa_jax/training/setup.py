@@ -4,7 +4,6 @@ extras and mesh, checkpoint configs, tokenizer and contexts, data, and only then
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,18 @@ from opsa_jax.errors import UserError
 from opsa_jax.models import hf, lora
 from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.params import Params
-from opsa_jax.parallel.mesh import batch_shards, make_mesh
+from opsa_jax.objectives.objective import needs_reference, needs_scores, needs_teacher
+from opsa_jax.parallel.mesh import batch_shards, local_rows, make_mesh
 from opsa_jax.parallel.rules import named
 from opsa_jax.rollout.filters import Sampling
 from opsa_jax.rollout.sampler import Rollout, row_keys, sample
-from opsa_jax.teachers.contexts import resolve_context
-from opsa_jax.training import metrics, optim
-from opsa_jax.training.state import Frozen, TrainState, frozen_copy, init_state, student_params
-from opsa_jax.training.step import RolloutBatch, make_update, row_order
+from opsa_jax.training import metrics, optim, supervision
+from opsa_jax.training.reward import Reward, load_reward
+from opsa_jax.training.score import make_score
+from opsa_jax.training.state import Frozen, TrainState, frozen_copy, init_state, student_params, teacher_params
+from opsa_jax.training.step import make_update
+from opsa_jax.training.supervision import Artifacts, Contexts
+from opsa_jax.training.views import RolloutBatch, row_order
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class Prompts:
     checked: Preflight
     bad_records: int
     """Malformed records skipped."""
-    contexts: dict[str, str]
-    """Label -> text that the teacher sees."""
+    route: Callable[[Record], int]
+    """Record -> index of its teacher."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +74,36 @@ class Run:
     """The jitted update of step.py."""
     sample: Callable
     """The jitted `(state, frozen, prompt_SP, mask_SP, keys_S, sample_index_S, round) -> Rollout`."""
+    score: Callable | None
+    """The jitted `(state, frozen, batch) -> batch with scores` of score.py, for objectives that need it."""
+    reward: Reward | None
+    """Outcome reward, for advantages that use one."""
+    identity: dict[str, Any]
+    """What the frozen parts are."""
 
     def next_draws(self) -> list[tuple[Example, int]]:
-        """This process's part of the next rollout batch: each prompt with each sample number, ordered as `step.select` expects."""
+        """This process's part of the next rollout batch: each prompt with each sample number, ordered as `views.select` expects."""
         draws = [(e, i) for e in next(self.prompts.stream) for i in range(self.config.rollout.samples_per_prompt)]
         return [draws[i] for i in row_order(len(draws), self.updates_per_rollout, micro_batches(self.config))]
 
     def rollout(self, state: TrainState, draws: Sequence[tuple[Example, int]], round_number: int) -> tuple[Rollout, RolloutBatch]:
-        """Sample responses of the current student to this process's draws (launched, not waited for)."""
+        """Responses to this process's draws, by whoever writes them, and what updates need of them (launched, not waited for)."""
         examples, checked, pad = [e for e, _ in draws], self.prompts.checked, self.chat.pad_id
         prompt_SP, mask_SP = self.put(left_pad([e.prompt_ids for e in examples], checked.prompt_width, pad))
         teacher_SQ, teacher_mask_SQ = self.put(left_pad([e.teacher_ids for e in examples], checked.teacher_width, pad))
-        keys_S, index_S, harmful_S = self.put((
+        keys_S, index_S, harmful_S, route_S, group_S = self.put((
             np.array([e.key for e in examples], np.int32),
             np.array([i for _, i in draws], np.int32),
             np.array([e.record.label == "harmful" for e in examples], np.float32),
+            np.array([self.prompts.route(e.record) for e in examples], np.int32),
+            self._groups(examples),
         ))  # fmt: skip
-        rollout = self.sample(state, self.frozen, prompt_SP, mask_SP, keys_S, index_S, np.int32(round_number))
+        writer = self.config.rollout.writer
+        if writer == "file":
+            rollout = self._given(draws, prompt_SP, mask_SP)
+        else:
+            prompts = (prompt_SP, mask_SP) if writer == "student" else (teacher_SQ, teacher_mask_SQ)
+            rollout = self.sample(state, self.frozen, *prompts, keys_S, index_S, np.int32(round_number))
         batch = RolloutBatch(
             student_prompt_SP=prompt_SP,
             student_mask_SP=mask_SP,
@@ -96,8 +112,36 @@ class Run:
             response_SR=rollout.response_ids_BR,
             response_mask_SR=rollout.response_mask_BR,
             harmful_S=harmful_S,
+            route_S=route_S,
+            group_S=group_S,
+            outcome_S=self.put(self._outcomes(examples, rollout)),
         )
-        return rollout, batch
+        return rollout, batch if self.score is None else self.score(state, self.frozen, batch)
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        """This process's responses, decoded (waits for them)."""
+        ids_SR, mask_SR = local_rows(rollout.response_ids_BR), local_rows(rollout.response_mask_BR)
+        return [self.chat.decode_response(ids[: int(m.sum())]) for ids, m in zip(ids_SR, mask_SR, strict=True)]
+
+    def _groups(self, examples: Sequence[Example]) -> np.ndarray:
+        """Number of each row's prompt in the global rollout batch: unique over processes, which hold equally many prompts."""
+        first = jax.process_index() * (len(examples) // self.config.rollout.samples_per_prompt)
+        numbers: dict[int, int] = {}
+        return np.array([first + numbers.setdefault(id(e), len(numbers)) for e in examples], np.int32)
+
+    def _outcomes(self, examples: Sequence[Example], rollout: Rollout) -> np.ndarray:
+        """Outcome reward of each response; the one place where the loop waits for a rollout, and only for losses that use it."""
+        if self.reward is None:
+            return np.zeros(len(examples), np.float32)
+        return np.array([self.reward(e.record, text) for e, text in zip(examples, self.texts(rollout), strict=True)], np.float32)
+
+    def _given(self, draws: Sequence[tuple[Example, int]], prompt_SP, mask_SP) -> Rollout:
+        """The responses of the records (of a pair: sample 0 is the chosen, 1 the rejected one) as a rollout."""
+        room, answers = self.config.rollout.max_new_tokens, [e.answers[i] for e, i in draws]
+        mask_SR = np.array([[j < len(ids) for j in range(room)] for ids in answers], np.int32)
+        ids_SR = np.array([np.pad(ids, (0, room - len(ids)), constant_values=self.chat.pad_id) for ids in answers], np.int32)
+        logp_SR = np.zeros(mask_SR.shape, np.float32)
+        return Rollout(prompt_SP, mask_SP, *self.put((ids_SR, mask_SR, logp_SR, np.ones(len(draws), bool))))
 
     def put(self, arrays):
         """Host rows of this process -> global arrays split over the batch axes."""
@@ -105,10 +149,7 @@ class Run:
 
     def place(self) -> dict[str, Any]:
         """What a checkpoint holds besides the state: where the data is, and what the frozen parts are (they are not stored)."""
-        contexts = {label: hashlib.sha256(text.encode()).hexdigest()[:16] for label, text in self.prompts.contexts.items()}
-        teacher = self.config.teacher
-        frozen = {"student": self.config.model.path, "teacher": teacher.weights, "teacher_path": teacher.path, "contexts": contexts}
-        return {"stream": self.prompts.stream.state(), "frozen": frozen}
+        return {"stream": self.prompts.stream.state(), "frozen": self.identity}
 
 
 def micro_batches(config: RunConfig) -> int:
@@ -128,10 +169,12 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
     metrics.check_extras(config.log)
     mesh = make_mesh(config.mesh)
     check_batches(config, batch_shards(mesh))
+    reward = load_reward(config) if config.objective.policy.advantage == "outcome" and config.objective.loss == "policy" else None
     student = open_checkpoint(config.model, config.model.path)
-    teacher = open_checkpoint(config.model, config.teacher.path) if config.teacher.weights == "checkpoint" else student
+    others = tuple(open_checkpoint(config.model, path) for path in supervision.teacher_paths(config))
+    contexts, artifacts = supervision.load_contexts(config), supervision.load_artifacts(config, student.cfg)
     chat = Chat.load(str(student.folder), thinking=config.model.thinking)
-    prompts = load_prompts(config, chat, student, teacher)
+    prompts = load_prompts(config, chat, student, others, contexts)
     checked = prompts.checked
     for warning in checked.warnings:
         say(f"warning: {warning}")
@@ -141,21 +184,39 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
 
     per_rollout = config.train.prompts_per_rollout * config.rollout.samples_per_prompt // config.train.update_batch
     total = config.train.steps or prompts.stream.batches(config.train.epochs) * per_rollout
+    micro, shards = micro_batches(config), batch_shards(mesh)
+    teacher_cfgs = tuple(t.cfg for t in others) or (student.cfg,)
     with jax.set_mesh(mesh):
-        state, frozen, optimizer = load_weights(config, student, teacher, mesh, total)
+        state, frozen, optimizer = load_weights(config, student, others, artifacts, mesh, total)
         update = make_update(
-            student.cfg, teacher.cfg, config.objective, optimizer, learning_rate=optim.schedule(config.optim, total),
-            updates=per_rollout, micro=micro_batches(config), ema_decay=config.teacher.ema_decay,
+            student.cfg, teacher_cfgs, config.objective, optimizer, learning_rate=optim.schedule(config.optim, total),
+            updates=per_rollout, micro=micro, shards=shards, ema_decay=config.teacher.ema_decay,
             shardings=jax.tree.map(lambda x: x.sharding, state),
+        )  # fmt: skip
+        score = make_score(
+            student.cfg, teacher_cfgs, config.objective, parts_=per_rollout * micro, shards=shards,
+            groups=config.train.prompts_per_rollout, total=total,
         )  # fmt: skip
     devices = f"{mesh.size} {jax.devices()[0].platform.upper()} device{'s' * (mesh.size > 1)}"
     size = sum(x.size for x in jax.tree.leaves(state.trainable))
     say(f"model    {config.model.path}: {student.cfg.family}, {student.cfg.n_params:,} weights, {size:,} trained, on {devices}")
     run = Run(
         config=config, mesh=mesh, chat=chat, student=student, prompts=prompts, total_updates=total, updates_per_rollout=per_rollout,
-        frozen=frozen, update=update, sample=make_sampler(config, student.cfg, chat),
+        frozen=frozen, update=update, sample=make_sampler(config, student.cfg, teacher_cfgs, chat),
+        score=score if needs_scores(config.objective) else None, reward=reward, identity=_identity(config, contexts, artifacts),
     )  # fmt: skip
     return run, state
+
+
+def _identity(config: RunConfig, contexts: Contexts, artifacts: Artifacts) -> dict[str, Any]:
+    teacher = config.teacher
+    return {
+        "student": config.model.path,
+        "teacher": teacher.weights if needs_teacher(config.objective) else "none",
+        "teacher_paths": list(supervision.teacher_paths(config)),
+        "contexts": contexts.identity,
+        **artifacts.identity,
+    }
 
 
 def check_batches(config: RunConfig, shards: int) -> None:
@@ -180,54 +241,103 @@ def open_checkpoint(model: ModelConfig, path: str) -> Checkpoint:
     return Checkpoint(hf.fetch(path, model.revision), cfg, raw)
 
 
-def load_prompts(config: RunConfig, chat: Chat, student: Checkpoint, teacher: Checkpoint) -> Prompts:
-    """Records to checked prompts of student and teacher, and the stream that deals them out."""
-    contexts = {"harmful": resolve_context(config.teacher.context_harmful), "benign": resolve_context(config.teacher.context_benign)}
-    teacher_chat = chat if teacher is student else Chat.load(str(teacher.folder), thinking=config.model.thinking)
-    def context(record: Record) -> str:
-        return contexts[record.label]
+def load_prompts(
+    config: RunConfig, chat: Chat, student: Checkpoint, teachers: tuple[Checkpoint, ...] = (), contexts: Contexts | None = None
+) -> Prompts:
+    """Records to checked prompts of student and teacher, and the stream that deals them out.
 
+    A single teacher of another checkpoint reads its own chat template; several (which share the tokenizer) read the student's.
+    """
+    data, contexts = config.data, contexts or supervision.load_contexts(config)
+
+    def load(path: str) -> Chat:
+        return Chat.load(path, thinking=config.model.thinking)
+
+    teacher_chat = load(str(teachers[0].folder)) if len(teachers) == 1 else chat
+    if len(teachers) > 1:
+        supervision.check_routes(chat, tuple(str(t.folder) for t in teachers), load)
+    route, answers = supervision.route_of(config), _answers_of(config)
     encoded, bad = [], 0
-    for source in config.data.sources:
-        records, skipped = load_source(source, config.data.bad_records)
+    for source in data.sources:
+        records, skipped = load_source(source, data.bad_records)
         bad += skipped
-        encoded.append(encode_all(records, chat, context, config.teacher.placement, teacher_chat))
-    vocabulary = min(student.cfg.vocab_size, teacher.cfg.vocab_size)
-    data = config.data
+        for record in records:
+            route(record)
+        examples = encode_all(records, chat, contexts.of, config.teacher.placement, teacher_chat, answers)
+        encoded.append([e for e in examples if _answers_fit(e, config)])
+    vocabulary = min(c.cfg.vocab_size for c in (student, *teachers))
     rooms = (data.max_prompt_tokens, data.max_teacher_prompt_tokens)
     checked = preflight(chat, teacher_chat, encoded, vocabulary, *rooms, data.long_prompts)
     stream = Stream(
         checked.sources, [s.weight for s in data.sources], config.train.prompts_per_rollout, config.seed, data.shuffle,
         jax.process_index(), jax.process_count(),
     )  # fmt: skip
-    return Prompts(stream, checked, bad, contexts)
+    return Prompts(stream, checked, bad, route)
 
 
-def load_weights(config: RunConfig, student: Checkpoint, teacher: Checkpoint, mesh: Mesh, total: int):
+def _answers_of(config: RunConfig) -> Callable[[Record], tuple[str, ...]]:
+    """Record -> the responses given for it: none where they are sampled, a pair for DPO."""
+
+    def answers(record: Record) -> tuple[str, ...]:
+        names = ("response", "rejected") if config.objective.loss == "dpo" else ("response",)
+        texts = tuple(getattr(record, name) for name in names)
+        if not all(text.strip() for text in texts):
+            missing = next(name for name, text in zip(names, texts, strict=True) if not text.strip())
+            raise UserError(
+                f"record {record.id!r} of {record.source}, line {record.line}, has no {missing}; --rollout.writer file trains on given "
+                f"responses, so make them first (opsa answers), or name their field with --data.sources.0.{missing}-field"
+            )
+        return texts
+
+    return answers if config.rollout.writer == "file" else lambda record: ()
+
+
+def _answers_fit(example: Example, config: RunConfig) -> bool:
+    room, longest = config.rollout.max_new_tokens, max(map(len, example.answers), default=0)
+    if longest <= room or config.data.long_prompts == "skip":
+        return longest <= room
+    raise UserError(
+        f"a response of record {example.id!r} of {example.record.source} has {longest} tokens, more than --rollout.max-new-tokens {room}; "
+        "raise it, or leave such records out with --data.long-prompts skip"
+    )
+
+
+def load_weights(config: RunConfig, student: Checkpoint, teachers: tuple[Checkpoint, ...], artifacts: Artifacts, mesh: Mesh, total: int):
     """Weights onto the mesh -> (state, frozen, optimizer)."""
-    model = config.model
+    model, objective = config.model, config.objective
     adapters = model.lora.rank > 0
     dtype = student.cfg.compute_dtype if adapters else model.param_dtype
     params: Params = hf.load_params(student.folder, student.cfg, dtype, mesh)
     trainable = lora.init_lora(student.cfg, model.lora, jax.random.key(config.seed), mesh) if adapters else params
-    weights = config.teacher.weights
-    if weights == "checkpoint":
-        frozen_teacher = hf.load_params(teacher.folder, teacher.cfg, teacher.cfg.compute_dtype, mesh)
-    elif weights == "frozen":
-        frozen_teacher = params if adapters else frozen_copy(params, student.cfg)
-    else:
-        frozen_teacher = None
+    supervised = needs_teacher(objective) or config.rollout.writer == "teacher"
+    from_student = supervised and not teachers and config.teacher.weights == "frozen"
+    initial = None
+    if from_student or needs_reference(objective):
+        initial = params if adapters else frozen_copy(params, student.cfg)
+    frozen = Frozen(
+        base=params if adapters else None,
+        teachers=tuple(hf.load_params(t.folder, t.cfg, t.cfg.compute_dtype, mesh) for t in teachers) or ((initial,) if from_student else ()),
+        reference=initial if needs_reference(objective) else None,
+        steer_LD=artifacts.steer_LD,
+        tokens_K=artifacts.tokens_K,
+    )
     optimizer = optim.make_optimizer(config.optim, total, optim.decay_mask(trainable, student.cfg))
-    state = init_state(trainable, optimizer, mesh, ema=weights == "ema")
-    return state, Frozen(base=params if adapters else None, teacher=frozen_teacher), optimizer
+    state = init_state(trainable, optimizer, mesh, ema=supervised and not teachers and config.teacher.weights == "ema")
+    return state, frozen, optimizer
 
 
-def make_sampler(config: RunConfig, cfg: DecoderConfig, chat: Chat) -> Callable:
-    """The jitted rollout of the current student; a response depends on seed, round, example and sample number only."""
+def make_sampler(config: RunConfig, cfg: DecoderConfig, teacher_cfgs: tuple[DecoderConfig, ...], chat: Chat) -> Callable:
+    """The jitted rollout of the current student, or of the teacher where that writes the responses.
+
+    A response depends on seed, round, example and sample number only.
+    """
     sampling, room, seed = Sampling.of(config.rollout), config.rollout.max_new_tokens, config.seed
+    from_teacher = config.rollout.writer == "teacher"
 
     def rollout(state: TrainState, frozen: Frozen, prompt_SP, mask_SP, ids_S, index_S, round_number):
         keys_S = row_keys(jax.random.key(seed), "rollout", round_number, ids_S, index_S)
-        return sample(student_params(state, frozen), cfg, sampling, chat.stop_ids, room, prompt_SP, mask_SP, keys_S, pad_id=chat.pad_id)
+        params, arch = (teacher_params(state, frozen)[0], teacher_cfgs[0]) if from_teacher else (student_params(state, frozen), cfg)
+        steer_LD = frozen.steer_LD if from_teacher else None
+        return sample(params, arch, sampling, chat.stop_ids, room, prompt_SP, mask_SP, keys_S, chat.pad_id, steer_LD)
 
     return jax.jit(rollout)

@@ -32,8 +32,14 @@ class Frozen:
 
     base: Params | None = None
     """Weights under the adapters of a LoRA run."""
-    teacher: Params | None = None
-    """The teacher, except when it is the moving average."""
+    teachers: tuple[Params, ...] = ()
+    """The teachers, in the order of their routes; empty when the teacher is the moving average, or there is none."""
+    reference: Params | None = None
+    """The initial student, for losses that compare with it."""
+    steer_LD: jax.Array | None = None
+    """Added to the teacher's block inputs at every position (SafeSteer)."""
+    tokens_K: jax.Array | None = None
+    """Fixed token set of the objective (SafeSteer)."""
 
 
 def with_adapters(base: Params | None, trainable: Params | dict[str, Lora]) -> Params:
@@ -45,8 +51,8 @@ def student_params(state: TrainState, frozen: Frozen) -> Params:
     return with_adapters(frozen.base, state.trainable)
 
 
-def teacher_params(state: TrainState, frozen: Frozen) -> Params:
-    return frozen.teacher if frozen.teacher is not None else with_adapters(frozen.base, state.ema)
+def teacher_params(state: TrainState, frozen: Frozen) -> tuple[Params, ...]:
+    return frozen.teachers if state.ema is None else (with_adapters(frozen.base, state.ema),)
 
 
 def frozen_copy(params: Params, cfg: DecoderConfig) -> Params:

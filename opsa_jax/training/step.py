@@ -1,78 +1,24 @@
-"""One update: teacher forward, student forward and backward, divergence in chunks, optax. One jitted function, compiled once."""
+"""One update, compiled once: teacher forward, student forward and backward, the loss in chunks, AdamW."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
 from opsa_jax.config import ObjectiveConfig
 from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.params import Lora, Params, head_weight
-from opsa_jax.models.transformer import forward, prompt_inputs
-from opsa_jax.objectives.objective import distill_loss, token_weights
-from opsa_jax.parallel.rules import constrain
+from opsa_jax.objectives.objective import distill_loss, policy_loss, response_logp, token_weights, updates_need_teacher
+from opsa_jax.objectives.preference import dpo
 from opsa_jax.training.state import Frozen, TrainState, teacher_params, with_adapters
-
-
-@struct.dataclass
-class RolloutBatch:
-    """S sequences of one rollout, scored by student and teacher. Prompts are left-padded; both views end in the same response ids.
-
-    For response ids `r s` after the prompt `a b`, with the teacher seeing a context `c d` first:
-
-        student   pad a b | r s
-        teacher   c d a b | r s      the response starts at one column in each view; token j is predicted by column P - 1 + j
-    """
-
-    student_prompt_SP: jax.Array
-    student_mask_SP: jax.Array
-    teacher_prompt_SQ: jax.Array
-    teacher_mask_SQ: jax.Array
-    response_SR: jax.Array
-    response_mask_SR: jax.Array
-    """1 up to and including the stop token."""
-    harmful_S: jax.Array
-    """1 for prompts labelled harmful, for metrics by label."""
-
-
-def row_order(sequences: int, updates: int, micro: int) -> list[int]:
-    """Where sequence i of the data order is put in a rollout batch, so that `select` gives each update its contiguous share.
-
-    Row b*U*M + u*M + m holds sequence (u, m, b): every device keeps rows of every update and micro-batch, and no update moves rows
-    between devices. For 4 sequences, 2 updates, 1 micro-batch: sequences 0, 1 belong to update 0, and the order is
-
-    >>> row_order(4, 2, 1)
-    [0, 2, 1, 3]
-    """
-    b = sequences // (updates * micro)
-    return [u * micro * b + m * b + i for i in range(b) for u in range(updates) for m in range(micro)]
-
-
-def select(batch: RolloutBatch, update: jax.Array, updates: int, micro: int) -> RolloutBatch:
-    """The rows of one update as [M, b, ...]: micro-batches first."""
-
-    def pick(x):
-        b = x.shape[0] // (updates * micro)
-        x = x.reshape(b, updates, micro, *x.shape[1:])
-        x = jax.lax.dynamic_index_in_dim(x, update, axis=1, keepdims=False)
-        return constrain(x.swapaxes(0, 1), None, "batch", *[None] * (x.ndim - 2))
-
-    return jax.tree.map(pick, batch)
-
-
-def response_hidden(params: Params, cfg: DecoderConfig, prompt_BP, mask_BP, response_BR, response_mask_BR) -> jax.Array:
-    """Final hidden states [B, R, D] at the columns that predict each response token."""
-    tokens_BT = jnp.concatenate([prompt_BP, response_BR], axis=1)[:, :-1]
-    positions_BT, segments_BT = prompt_inputs(jnp.concatenate([mask_BP, response_mask_BR], axis=1)[:, :-1])
-    first = prompt_BP.shape[1] - 1
-    return forward(params, cfg, tokens_BT, positions_BT, segments_BT).hidden_BTD[:, first:]
+from opsa_jax.training.views import RolloutBatch, by_teacher, select, student_hidden, teacher_hidden
 
 
 def make_update(
-    cfg: DecoderConfig, teacher_cfg: DecoderConfig, objective: ObjectiveConfig, optimizer: optax.GradientTransformation, *,
-    learning_rate: optax.Schedule, updates: int, micro: int, ema_decay: float, shardings: TrainState,
+    cfg: DecoderConfig, teacher_cfgs: tuple[DecoderConfig, ...], objective: ObjectiveConfig, optimizer: optax.GradientTransformation, *,
+    learning_rate: optax.Schedule, updates: int, micro: int, shards: int, ema_decay: float, shardings: TrainState,
 ):  # fmt: skip
     """The jitted update `(state, frozen, batch, u) -> (state, metrics)`; state is donated.
 
@@ -81,40 +27,39 @@ def make_update(
         updates: updates per rollout batch; `u` says which one this is.
         micro: micro-batches per update. Gradients are summed over them with weights normalised over the whole update, so the
             result does not depend on their number.
+        shards: parts that rows are split into over devices.
         shardings: of the state, which leaves every update as it came in; otherwise the next call would be another program.
 
     Returns:
         metrics: name -> (sum, weight) pairs of float32 scalars.
     """
 
-    def loss_fn(trainable: Params | dict[str, Lora], frozen: Frozen, teacher: Params, rows: RolloutBatch, weights_BR):
-        student = with_adapters(frozen.base, trainable)
-        shared = (rows.response_SR, rows.response_mask_SR)
-        with jax.named_scope("teacher"):
-            teacher_BRD = response_hidden(teacher, teacher_cfg, rows.teacher_prompt_SQ, rows.teacher_mask_SQ, *shared)
+    def loss_fn(trainable: Params | dict[str, Lora], frozen: Frozen, teachers: tuple[Params, ...], rows: RolloutBatch, weights_BR):
+        if len(teachers) > 1:
+            (rows, weights_BR), _ = by_teacher(rows.route_S, (rows, weights_BR))
+        student, train_head = with_adapters(frozen.base, trainable), isinstance(trainable, Params)
+        theirs = []
+        if updates_need_teacher(objective):
+            with jax.named_scope("teacher"):
+                hidden = teacher_hidden(teachers, teacher_cfgs, rows, frozen.steer_LD, shards)
+                theirs = jax.lax.stop_gradient(list(zip(hidden, map(head_weight, teachers), strict=True)))
         with jax.named_scope("student"):
-            student_BRD = response_hidden(student, cfg, rows.student_prompt_SP, rows.student_mask_SP, *shared)
-        with jax.named_scope("divergence"):
-            ours = (student_BRD, head_weight(student))
-            theirs = jax.lax.stop_gradient((teacher_BRD, head_weight(teacher)))
-            train_head = isinstance(trainable, Params)
-            return distill_loss(objective, *ours, *theirs, weights_BR, rows.response_SR, train_head=train_head)
+            ours = student_hidden(student, cfg, rows), head_weight(student)
+        with jax.named_scope("loss"):
+            return _loss(objective, ours, theirs, rows, weights_BR, frozen.tokens_K, train_head)
 
-    def gradients(state: TrainState, frozen: Frozen, teacher: Params, rows: RolloutBatch, weights_BR):
+    def gradients(state: TrainState, frozen: Frozen, teachers: tuple[Params, ...], rows: RolloutBatch, weights_BR):
         """Loss and metrics as sums, and float32 gradients, of one micro-batch."""
-        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable, frozen, teacher, rows, weights_BR)
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable, frozen, teachers, rows, weights_BR)
         # Without the barrier the TPU compiler fails on bf16 gradients that are cast before they are added (RET_CHECK in
         # while_loop_all_reduce_code_motion).
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), jax.lax.optimization_barrier(grads))
-        return loss, _metric_sums(stats, rows), grads
+        return loss, metrics, grads
 
     def update(state: TrainState, frozen: Frozen, batch: RolloutBatch, u: jax.Array):
-        teacher = teacher_params(state, frozen)
         rows = select(batch, u, updates, micro)
-        mask_MBR = rows.response_mask_SR
-        weights_MBR = token_weights(objective, mask_MBR.reshape(-1, mask_MBR.shape[-1])).reshape(mask_MBR.shape)
-        one = functools.partial(gradients, state, frozen, teacher)
-        parts = (rows, weights_MBR)
+        one = functools.partial(gradients, state, frozen, teacher_params(state, frozen))
+        parts = (rows, _weights(objective, rows))
         first = jax.tree.map(lambda x: x[0], parts)
         if micro == 1:
             total = one(*first)
@@ -134,12 +79,59 @@ def make_update(
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _metric_sums(stats, rows: RolloutBatch) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """(sum, weight) pairs over response tokens; KL also by label."""
-    mask_BR = rows.response_mask_SR.astype(jnp.float32)
-    tokens = mask_BR.sum()
-    sums = {name: ((values_BR * mask_BR).sum(), tokens) for name, values_BR in stats.items()}
-    harmful_BR = mask_BR * rows.harmful_S[:, None]
-    for label, chosen_BR in (("harmful", harmful_BR), ("benign", mask_BR - harmful_BR)):
-        sums[f"kl_forward_{label}"] = ((stats["kl_forward"] * chosen_BR).sum(), chosen_BR.sum())
+def _weights(objective: ObjectiveConfig, rows: RolloutBatch) -> jax.Array:
+    """Token weights [M, b, R], normalised over the whole update."""
+    mask_MBR = rows.response_mask_SR
+    flat = mask_MBR.reshape(-1, mask_MBR.shape[-1])
+    if objective.loss == "dpo":  # pairs weigh the same, however long their responses are
+        objective = dataclasses.replace(objective, reduction="sequence_mean")
+    if rows.scores is None:
+        return token_weights(objective, flat).reshape(mask_MBR.shape)
+    keep_B, factors_BR = rows.scores.keep_S.reshape(-1), rows.scores.factors_SR.reshape(flat.shape)
+    return token_weights(objective, flat, keep_B, factors_BR).reshape(mask_MBR.shape)
+
+
+def _loss(objective: ObjectiveConfig, ours, theirs, rows: RolloutBatch, weights_BR, tokens_K, train_head: bool):
+    """The loss of a micro-batch, and its metrics as (sum, weight) pairs."""
+    ids_BR, mask_BR = rows.response_SR, rows.response_mask_SR.astype(jnp.float32)
+    counted_BR = mask_BR * (weights_BR != 0)
+    loss, stats, sums = 0.0, {}, {}
+    if objective.loss != "divergence":
+        counted_BR = mask_BR if objective.loss == "dpo" else counted_BR
+        logp_BR, stats["entropy_student"] = response_logp(objective, *ours, counted_BR, ids_BR, train_head=train_head)
+        stats["logp_student"] = jax.lax.stop_gradient(logp_BR)
+    if objective.loss == "nll":
+        loss = -jnp.sum(weights_BR * logp_BR)
+    elif objective.loss == "dpo":
+        reference_B = (rows.scores.statistics["logp_reference"] * mask_BR).sum(-1)
+        loss_P, margin_P = dpo((logp_BR * mask_BR).sum(-1), reference_B, objective.dpo_beta)
+        loss = jnp.sum(loss_P * _pair_weights(weights_BR))
+        pairs = jnp.float32(loss_P.size)
+        sums = {"margin": (margin_P.sum(), pairs), "chosen_wins": ((margin_P > 0).sum().astype(jnp.float32), pairs)}
+    elif objective.loss == "policy":
+        s = rows.scores
+        stats |= {name: x for name, x in s.statistics.items() if name.startswith("kl_")}
+        given = s.advantage_SR, s.statistics["logp_student"], s.statistics.get("logp_reference")
+        loss, more = policy_loss(objective, logp_BR, weights_BR, *given)
+        stats |= more
+    if theirs:
+        scale = 1.0 if objective.loss == "divergence" else objective.policy.divergence
+        part, more = distill_loss(objective, *ours, theirs, weights_BR, ids_BR, tokens_K, rows.route_S, train_head=train_head)
+        loss, stats = loss + scale * part, stats | more
+    return loss, sums | _metric_sums(stats, counted_BR, rows.harmful_S)
+
+
+def _pair_weights(weights_BR: jax.Array) -> jax.Array:
+    """Weight of each pair [b / 2]: the weights of its two sequences added up."""
+    return weights_BR.sum(-1).reshape(-1, 2).sum(-1)
+
+
+def _metric_sums(stats, counted_BR, harmful_S) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """(sum, weight) pairs over the tokens that count; KL also by label."""
+    tokens = counted_BR.sum()
+    sums = {name: ((values_BR * counted_BR).sum(), tokens) for name, values_BR in stats.items()}
+    if "kl_forward" in stats:
+        harmful_BR = counted_BR * harmful_S[:, None]
+        for label, chosen_BR in (("harmful", harmful_BR), ("benign", counted_BR - harmful_BR)):
+            sums[f"kl_forward_{label}"] = ((stats["kl_forward"] * chosen_BR).sum(), chosen_BR.sum())
     return sums

@@ -49,7 +49,7 @@ def test_loss_is_the_mean_it_is_called(reduction):
     cfg = ObjectiveConfig(reduction=reduction, chunk=3)
     w_BR = token_weights(cfg, MASK_BR)
     step = jax.jit(distill_loss, static_argnums=0, static_argnames="train_head")
-    loss, statistics = step(cfg, hs_BRD, head_s, ht_BRD, head_t, w_BR, ids_BR, train_head=True)
+    loss, statistics = step(cfg, hs_BRD, head_s, [(ht_BRD, head_t)], w_BR, ids_BR, train_head=True)
     one, valid = np.ones(1), np.argwhere(np.asarray(MASK_BR))
     tokens = {(b, r): torch_loss(cfg, hs_BRD[b, r : r + 1], head_s, ht_BRD[b, r : r + 1], head_t, one)[0] for b, r in valid}
     if reduction == "token_mean":
@@ -71,7 +71,7 @@ def test_micro_batches_add_up_to_the_whole(reduction):
 
     @jax.jit
     def step(hs, ht, w, ids):
-        return jax.value_and_grad(lambda h, head: distill_loss(cfg, h, head, ht, head_t, w, ids, train_head=True)[0], (0, 1))(hs, head_s)
+        return jax.value_and_grad(lambda h, head: distill_loss(cfg, h, head, [(ht, head_t)], w, ids, train_head=True)[0], (0, 1))(hs, head_s)
 
     loss, (d_hidden, d_head) = step(hs_BRD, ht_BRD, w_BR, ids_BR)
     parts = [step(*(x[i : i + 2] for x in (hs_BRD, ht_BRD, w_BR, ids_BR))) for i in (0, 2)]

@@ -18,7 +18,7 @@ from opsa_jax import config as c
 from opsa_jax.parallel import mesh
 from opsa_jax.training import setup
 from opsa_jax.training.setup import prepare
-from opsa_jax.training.step import row_order
+from opsa_jax.training.views import row_order
 
 # Adam's first update is lr * g / (|g| + eps): with the usual eps it is as rough as the sign of a gradient that rounding moves.
 WELL_CONDITIONED = c.OptimConfig(lr=1e-2, eps=1e-3)
@@ -53,12 +53,12 @@ def test_teacher_without_context_is_the_student(tmp_path):
 
 def test_context_makes_a_gradient_and_the_teacher_stays(tmp_path):
     run, state = prepare(run_config(tmp_path))
-    teacher, start = jax.device_get((run.frozen.teacher, state.trainable))
+    teacher, start = jax.device_get((run.frozen.teachers[0], state.trainable))
     _, batch = one_rollout(run, state)
     state, metrics = updated(run, state, batch)
     assert metrics["kl_forward"] > 1e-4 and metrics["grad_norm"] > 1e-3
     assert largest_difference(state.trainable, start) > 1e-4
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.frozen.teacher), teacher)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.frozen.teachers[0]), teacher)
 
 
 def test_only_the_prompt_of_the_teacher_differs(tmp_path):
