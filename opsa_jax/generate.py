@@ -18,10 +18,7 @@ from opsa_jax.config import MeshConfig, RolloutConfig, SourceConfig
 from opsa_jax.errors import UserError
 
 if TYPE_CHECKING:
-    import jax
-
     from opsa_jax.data.chat import Chat
-    from opsa_jax.models.config import DecoderConfig
     from opsa_jax.rollout.engine import Engine
     from opsa_jax.rollout.rows import RowFile
 
@@ -105,6 +102,7 @@ def generate(cfg: GenerateConfig) -> str:
     from opsa_jax.rollout.filters import Sampling
     from opsa_jax.rollout.rows import RowFile
     from opsa_jax.teachers.contexts import resolve_context
+    from opsa_jax.teachers.steering import load_steering
 
     sampling, mesh, context = Sampling.of(cfg.rollout), make_mesh(cfg.mesh), resolve_context(cfg.context)
     # The label chooses nothing here, so any will do.
@@ -122,7 +120,7 @@ def generate(cfg: GenerateConfig) -> str:
     prompts = [ids.tolist() for ids in chat.encode_texts(texts)]
     if (largest := max(map(max, prompts))) >= decoder.vocab_size:
         raise UserError(f"the tokenizer of {cfg.model} gives id {largest}, but the model has only {decoder.vocab_size} embedding rows")
-    steer_LD = _steering(cfg, decoder)
+    steer_LD = load_steering(cfg.steering, decoder, cfg.steering_coefficient) if cfg.steering else None
     rows = RowFile(Path(cfg.out), _settings(cfg, context), cfg.resume)
     samples = range(cfg.rollout.samples_per_prompt)
     wanted = [(r, i, ids) for r, ids in zip(records, prompts, strict=True) for i in samples if (r.id, i) not in rows.done]
@@ -175,25 +173,6 @@ def _settings(cfg: GenerateConfig, context: str) -> dict[str, Any]:
     """What determines the rows. --limit and --samples-per-prompt only say how many of them."""
     flat = dataclasses.asdict(cfg) | dataclasses.asdict(cfg.rollout) | {"context": context}
     return {k: v for k, v in flat.items() if k not in ("out", "resume", "batch", "mesh", "limit", "samples_per_prompt", "rollout")}
-
-
-def _steering(cfg: GenerateConfig, decoder: "DecoderConfig") -> "jax.Array | None":
-    """Vectors [L, D], float32, times the coefficient; None without a file."""
-    import jax.numpy as jnp
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    if not cfg.steering:
-        return None
-    try:
-        tensors = load_file(cfg.steering)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"--steering {cfg.steering} cannot be read as safetensors: {e}") from None
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    shape = (decoder.n_layers, decoder.d_model)
-    if list(shapes.values()) != [shape]:
-        raise UserError(f"--steering {cfg.steering} holds {shapes}; it must hold one tensor of shape {shape}, [layers, width] of the model")
-    return cfg.steering_coefficient * jnp.asarray(next(iter(tensors.values())), jnp.float32)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Output:
     """Final hidden states after the last norm, compute dtype. Logits are hidden @ head; the objective makes them in chunks."""
     cache: KVCache | None = None
     captured_LBCD: jax.Array | None = None
-    """Block inputs (before steering) at the captured columns, compute dtype."""
+    """Block inputs (before steering, after ablation) at the captured columns, compute dtype."""
 
 
 def forward(
@@ -34,6 +34,7 @@ def forward(
     cache: KVCache | None = None,
     steer_LD: jax.Array | None = None,
     capture_C: jax.Array | None = None,
+    ablate_D: jax.Array | None = None,
 ) -> Output:
     """Run the decoder.
 
@@ -52,6 +53,8 @@ def forward(
         cache: keys and values so far; the T columns are written at `cache.length`.
         steer_LD: added to the input of each block at every position (zero rows leave a block as it is).
         capture_C: columns at which block inputs are returned.
+        ablate_D: a unit vector that is projected out of every block input and of what every attention and feed-forward adds
+            (directional ablation, arXiv 2406.11717, Eq. 4).
 
     Returns:
         `Output`; its cache is None when none was given.
@@ -65,7 +68,7 @@ def forward(
         k_segments = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT.astype(jnp.int32), (0, cache.length))
     visible = Visibility(segments_BT, k_segments, columns_T)
 
-    block = _checkpointed(functools.partial(_block, cfg=cfg, tables=tables, visible=visible), cfg.remat)
+    block = _checkpointed(functools.partial(_block, cfg=cfg, tables=tables, visible=visible, ablate_D=ablate_D), cfg.remat)
     layer_inputs = {
         "layer": params.layers,
         "index": jnp.arange(cfg.n_layers),
@@ -75,6 +78,7 @@ def forward(
 
     def step(carry, inputs):
         x, kv = carry
+        x = _without(x, ablate_D)
         captured = None if capture_C is None else x[:, capture_C]
         return block(x, kv, **inputs), captured
 
@@ -93,7 +97,7 @@ def _checkpointed(block, remat: str):
     return jax.checkpoint(block, policy=policy)
 
 
-def _block(x_BTD, kv, layer: Layers, index, window, steer_D, *, cfg: DecoderConfig, tables, visible: Visibility):
+def _block(x_BTD, kv, layer: Layers, index, window, steer_D, *, cfg: DecoderConfig, tables, visible: Visibility, ablate_D):
     """One block: pre-norm attention and pre-norm gated feed-forward, each added to the residual stream."""
     if steer_D is not None:
         x_BTD = x_BTD + steer_D.astype(x_BTD.dtype)
@@ -116,13 +120,23 @@ def _block(x_BTD, kv, layer: Layers, index, window, steer_D, *, cfg: DecoderConf
         k_BKSH, v_BKSH = k_all[index], v_all[index]
         kv = (k_all, v_all, length)
     out_BTNH = attention(q_BTNH, k_BKSH, v_BKSH, visible, 0 if window is None else window)
-    x_BTD = x_BTD + constrain(project(out_BTNH, layer.wo_LNHD, 2, layer.bo_LD, lora.get("o")), "batch", None, None)
+    out_BTD = constrain(project(out_BTNH, layer.wo_LNHD, 2, layer.bo_LD, lora.get("o")), "batch", None, None)
+    x_BTD = x_BTD + _without(out_BTD, ablate_D)
 
     h_BTD = rms_norm(x_BTD, layer.mlp_norm_LD, cfg.norm_eps)
     gate_BTF = project(h_BTD, layer.gate_LDF, 1, layer.b_gate_LF, lora.get("gate"))
     up_BTF = project(h_BTD, layer.up_LDF, 1, layer.b_up_LF, lora.get("up"))
     h_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", None, "ffn")
-    return x_BTD + constrain(project(h_BTF, layer.down_LFD, 1, layer.b_down_LD, lora.get("down")), "batch", None, None), kv
+    out_BTD = constrain(project(h_BTF, layer.down_LFD, 1, layer.b_down_LD, lora.get("down")), "batch", None, None)
+    return x_BTD + _without(out_BTD, ablate_D), kv
+
+
+def _without(x_BTD, unit_D):
+    """x minus its component along a unit vector, computed in float32; x itself where there is none."""
+    if unit_D is None:
+        return x_BTD
+    x32, unit_D = x_BTD.astype(jnp.float32), unit_D.astype(jnp.float32)
+    return (x32 - (x32 @ unit_D)[..., None] * unit_D).astype(x_BTD.dtype)
 
 
 def prompt_inputs(mask_BP: jax.Array) -> tuple[jax.Array, jax.Array]:
