@@ -45,16 +45,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class RouteConfig:
-    """One of several teachers."""
-
-    name: str = ""
-    """What the records that this teacher supervises have in their teacher field."""
-    path: str = ""
-    """Its checkpoint."""
-
-
-@dataclass(frozen=True)
 class TeacherConfig:
     """Who supervises, and what it sees that the student does not."""
 
@@ -70,8 +60,8 @@ class TeacherConfig:
     """Context for prompts labelled benign, likewise."""
     placement: Literal["system", "user"] = "system"
     """Where the context goes: a system message, or the start of the user turn."""
-    routes: tuple[RouteConfig, ...] = ()
-    """Several teachers instead of one: each record is supervised by the one that its teacher field names (FiRe-OPD)."""
+    routes: tuple[str, ...] = ()
+    """Several teachers instead of one, each written NAME=CHECKPOINT: a record's teacher field names the one that supervises it."""
     constitution: str = ""
     """One context per category instead of one per label (COPSD): @default, @sandbox, or file:PATH of a JSON file."""
     constitution_share: float = 1.0
@@ -225,7 +215,7 @@ class ObjectiveConfig:
     support: Literal["full", "teacher_topk", "student_topk", "tokens"] = "full"
     """Tokens the divergence is summed over: the whole vocabulary, the top k of teacher or student, or the fixed set in `tokens`."""
     subset: Literal["raw", "generalised", "renormalise", "tail"] = "renormalise"
-    """On part of the vocabulary: the raw partial sum, that sum made least at equality, both sides renormalised, or a bucket for the rest."""
+    """On part of the vocabulary: the raw sum, that sum made least at equality, both sides renormalised, or a bucket for the rest."""
     k: int = 512
     """k of the top-k supports."""
     tokens: str = ""

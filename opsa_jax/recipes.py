@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,46 @@ def validate(config: RunConfig) -> None:
         check(source.label in ("", "harmful", "benign"), f"data.sources.{i}.label", source.label, "must be harmful, benign or empty")
         check(source.weight > 0, f"data.sources.{i}.weight", source.weight, "must be above 0")
         check(source.where.count("=") == 1 or not source.where, f"data.sources.{i}.where", source.where, "must be FIELD=VALUE")
+    _validate_method(config, check)
     unknown = [x for x in c.model.lora.targets if x not in LORA_TARGETS]
     check(not unknown, "model.lora.targets", " ".join(unknown), f"allowed: {' '.join(LORA_TARGETS)}")
     check(c.model.lora.rank >= 0, "model.lora.rank", c.model.lora.rank, "must be 0 (all weights) or above")
+
+
+def _validate_method(config: RunConfig, check: Callable[[bool, str, Any, str], None]) -> None:
+    """What must fit together: loss, writer, teacher, weights."""
+    o, r, t, p, w = config.objective, config.rollout, config.teacher, config.objective.policy, config.objective.weights
+    check(o.support != "tokens" or o.tokens, "objective.support", "tokens", "needs --objective.tokens FILE (made by opsa steer)")
+    check(o.entropy_floor >= 0, "objective.entropy-floor", o.entropy_floor, "must be 0 (off) or above, in nats")
+    check(o.dpo_beta > 0, "objective.dpo-beta", o.dpo_beta, "must be above 0")
+    for name, value in {"weights.keep": w.keep, "policy.floor-lambda": p.floor_lambda}.items():
+        check(0 < value < 1, f"objective.{name}", value, "must be strictly between 0 and 1")
+    for name, value in {"filter.quantile": o.filter.quantile, "weights.after": w.after, "weights.decay": w.decay}.items():
+        check(0 <= value <= 1, f"objective.{name}", value, "must be between 0 and 1")
+    check(w.first >= 1, "objective.weights.first", w.first, "must be at least 1")
+    check(p.clip >= 0, "objective.policy.clip", p.clip, "must be 0 (off) or above")
+    check(0 < p.gamma <= 1, "objective.policy.gamma", p.gamma, "must be above 0 and at most 1")
+    check(0 <= t.constitution_share <= 1, "teacher.constitution-share", t.constitution_share, "must be between 0 and 1")
+    names = [route.partition("=")[0] for route in t.routes]
+    for route in t.routes:
+        check(all(route.partition("=")), "teacher.routes", route, "must be NAME=CHECKPOINT")
+    check(len(set(names)) == len(names), "teacher.routes", " ".join(names), "names must differ")
+    check(not (names and t.steering), "teacher.steering", t.steering, "one teacher can be steered; leave --teacher.routes out")
+    check(not (names and r.writer == "teacher"), "rollout.writer", "teacher", "needs a single teacher; leave --teacher.routes out")
+    if o.loss == "policy":
+        check(r.writer == "student", "rollout.writer", r.writer, "a policy gradient needs the student's own samples: student")
+        if p.advantage in ("return", "token", "outcome"):
+            n = r.samples_per_prompt
+            why = f"--objective.policy.advantage {p.advantage} normalises over the samples of a prompt; use at least 2"
+            check(n >= 2, "rollout.samples-per-prompt", n, why)
+    if o.loss == "dpo":
+        pairs = "loss=dpo reads pairs from the records: --rollout.writer file --rollout.samples-per-prompt 2"
+        check(r.writer == "file", "rollout.writer", r.writer, pairs)
+        check(r.samples_per_prompt == 2, "rollout.samples-per-prompt", r.samples_per_prompt, pairs)
+        micro = config.train.micro_batch or config.train.update_batch
+        check(micro % 2 == 0, "train.micro-batch", micro, "must be even: a pair stays together")
+    elif r.writer == "file":
+        check(r.samples_per_prompt == 1, "rollout.samples-per-prompt", r.samples_per_prompt, "a record of a file has one response: 1")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -8,8 +8,8 @@ def dpo(logp_S: jax.Array, logp_reference_S: jax.Array, beta: float) -> tuple[ja
 
     >>> import jax.numpy as jnp
     >>> loss, margin = dpo(jnp.array([-1.0, -3.0]), jnp.array([-2.0, -2.0]), beta=0.5)
-    >>> loss.round(4).tolist(), margin.tolist()
-    ([0.3133], [1.0])
+    >>> round(loss.item(), 4), margin.tolist()
+    (0.3133, [1.0])
 
     Args:
         logp_S: log-probability of each whole response under the student; rows 2i and 2i + 1 are chosen and rejected of pair i.

@@ -18,12 +18,13 @@ from opsa_jax.training.views import RolloutBatch, Scores, by_teacher, parts, stu
 
 
 def make_score(
-    cfg: DecoderConfig, teacher_cfgs: tuple[DecoderConfig, ...], objective: ObjectiveConfig, *, parts_: int, shards: int, groups: int, total: int
+    cfg: DecoderConfig, teacher_cfgs: tuple[DecoderConfig, ...], objective: ObjectiveConfig, *,
+    passes: int, shards: int, groups: int, total: int,
 ):  # fmt: skip
     """The jitted `(state, frozen, batch) -> batch with scores`.
 
     Args:
-        parts_: forward passes that the batch is cut into (as many as its micro-batches).
+        passes: forward passes that the batch is cut into (as many as its micro-batches).
         shards: parts that rows are split into over devices.
         groups: prompts in the global rollout batch.
         total: updates of the run, for weights that begin later.
@@ -52,7 +53,7 @@ def make_score(
         return found if undo is None else jax.tree.map(lambda x: x[undo], found)
 
     def score(state: TrainState, frozen: Frozen, batch: RolloutBatch) -> RolloutBatch:
-        found = whole(jax.lax.map(lambda rows: statistics(state, frozen, rows), parts(batch, parts_)))
+        found = whole(jax.lax.map(lambda rows: statistics(state, frozen, rows), parts(batch, passes)))
         found = jax.lax.stop_gradient(found)
         mask_SR = batch.response_mask_SR.astype(jnp.float32)
         scores = Scores(

@@ -194,7 +194,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
             shardings=jax.tree.map(lambda x: x.sharding, state),
         )  # fmt: skip
         score = make_score(
-            student.cfg, teacher_cfgs, config.objective, parts_=per_rollout * micro, shards=shards,
+            student.cfg, teacher_cfgs, config.objective, passes=per_rollout * micro, shards=shards,
             groups=config.train.prompts_per_rollout, total=total,
         )  # fmt: skip
     devices = f"{mesh.size} {jax.devices()[0].platform.upper()} device{'s' * (mesh.size > 1)}"
@@ -314,9 +314,10 @@ def load_weights(config: RunConfig, student: Checkpoint, teachers: tuple[Checkpo
     initial = None
     if from_student or needs_reference(objective):
         initial = params if adapters else frozen_copy(params, student.cfg)
+    loaded = tuple(hf.load_params(t.folder, t.cfg, t.cfg.compute_dtype, mesh) for t in teachers)
     frozen = Frozen(
         base=params if adapters else None,
-        teachers=tuple(hf.load_params(t.folder, t.cfg, t.cfg.compute_dtype, mesh) for t in teachers) or ((initial,) if from_student else ()),
+        teachers=loaded or ((initial,) if from_student else ()),
         reference=initial if needs_reference(objective) else None,
         steer_LD=artifacts.steer_LD,
         tokens_K=artifacts.tokens_K,

@@ -24,7 +24,7 @@ def teacher_paths(config: RunConfig) -> tuple[str, ...]:
     if not needs_teacher(config.objective) and config.rollout.writer != "teacher":
         return ()
     if config.teacher.routes:
-        return tuple(r.path for r in config.teacher.routes)
+        return tuple(r.partition("=")[2] for r in config.teacher.routes)
     return (config.teacher.path,) if config.teacher.weights == "checkpoint" else ()
 
 
@@ -34,7 +34,7 @@ def route_of(config: RunConfig) -> Callable[[Record], int]:
     Raises:
         UserError: (from the function) a record that names no teacher of the run.
     """
-    names = [r.name for r in config.teacher.routes]
+    names = [r.partition("=")[0] for r in config.teacher.routes]
     if not names:
         return lambda record: 0
 

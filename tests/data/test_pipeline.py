@@ -136,7 +136,8 @@ def test_encode_all_is_encode_of_each(tmp_path, two_tokenizers):
         Record(str(i), f"Question {i}?", ("harmful", "benign")[i % 2], system="Be brief." * (i % 3 == 0), source="s") for i in range(1030)
     ]
     calls = []
-    examples = encode_all(records, chat, lambda r: f"It is {r.label}.", "system", teacher, lambda done, total: calls.append((done, total)))
+    context, progress = lambda r: f"It is {r.label}.", lambda done, total: calls.append((done, total))
+    examples = encode_all(records, chat, context, "system", teacher, progress=progress)
     assert calls == [(1024, 1030), (1030, 1030)]
     for i in (0, 1, 2, 1023, 1024, 1029):
         r, e = records[i], examples[i]

@@ -71,7 +71,10 @@ def test_micro_batches_add_up_to_the_whole(reduction):
 
     @jax.jit
     def step(hs, ht, w, ids):
-        return jax.value_and_grad(lambda h, head: distill_loss(cfg, h, head, [(ht, head_t)], w, ids, train_head=True)[0], (0, 1))(hs, head_s)
+        def loss(h, head):
+            return distill_loss(cfg, h, head, [(ht, head_t)], w, ids, train_head=True)[0]
+
+        return jax.value_and_grad(loss, (0, 1))(hs, head_s)
 
     loss, (d_hidden, d_head) = step(hs_BRD, ht_BRD, w_BR, ids_BR)
     parts = [step(*(x[i : i + 2] for x in (hs_BRD, ht_BRD, w_BR, ids_BR))) for i in (0, 2)]
