@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": "import, export or verify a Hugging Face checkpoint",
     "search": "search the teacher's context: flip rates of many candidates, on harmful and on benign prompts",
     "evaluate": "score a checkpoint: refusal, over-refusal, capability",
+    "compare": "run recipes over seeds and bases, and draw the safety trade-off",
 }
 T = TypeVar("T")
 _TITLES = "Unrecognized options|Value error|Invalid choice|Missing argument|Required options|Parsing error"

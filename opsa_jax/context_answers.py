@@ -11,7 +11,6 @@ from opsa_jax.errors import UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
-    from rich.console import Console
 
     from opsa_jax.data.chat import Chat
     from opsa_jax.data.records import Record
@@ -76,7 +75,7 @@ class Model:
 class Answers:
     """Answers of the searched model by context and prompt. A missing one is sampled; its row is on disk before the next is looked at."""
 
-    def __init__(self, config: "SearchConfig", model: Model, console: "Console"):
+    def __init__(self, config: "SearchConfig", model: Model):
         from opsa_jax.rollout.rows import RowFile
 
         # What decides an answer besides context and prompt, which are its key.
@@ -85,7 +84,7 @@ class Answers:
         path = Path(config.out) / "responses.jsonl"
         self._rows = RowFile(path, settings, config.resume)
         self._found = {row["id"]: row for row in _read(path)}
-        self._model, self._placement, self._console = model, config.placement, console
+        self._model, self._placement = model, config.placement
         self._engine = model.engine(config.max_new_tokens, config.batch)
 
     def close(self) -> None:
@@ -99,7 +98,7 @@ class Answers:
             return
         chat = self._model.chat
         prompts = self._model.encode([chat.render(r.prompt, context, self._placement, r.system) for _, context, r in missing])
-        for n, response in _stream(self._engine, prompts, self._console, title, len(by_key)):
+        for n, response in _stream(self._engine, prompts, title, len(by_key)):
             key, context, record = missing[n]
             row = {"id": key, "sample": 0, "context": context, "label": record.label, "prompt_id": record.id, "prompt": record.prompt}
             text = chat.decode_response(response.ids.tolist())
@@ -112,7 +111,7 @@ class Answers:
         return self._found[_key(context, record.system, record.prompt)]
 
 
-def ask(requests: Sequence[str], config: "SearchConfig", searched: Model, mesh: "Mesh", console: "Console") -> list[str]:
+def ask(requests: Sequence[str], config: "SearchConfig", searched: Model, mesh: "Mesh") -> list[str]:
     """Answer parts of the proposer's replies, in order; finished replies are kept in OUT/proposals.jsonl.
 
     The proposer is loaded for this call alone, unless it is the searched model.
@@ -130,7 +129,7 @@ def ask(requests: Sequence[str], config: "SearchConfig", searched: Model, mesh: 
             model = searched if config.proposer == config.model else Model.load(config.proposer, config, mesh)
             prompts = model.encode([model.chat.render(text) for _, text in missing])
             engine = model.engine(config.proposer_tokens, config.batch)
-            for n, response in _stream(engine, prompts, console, "proposer", len(requests)):
+            for n, response in _stream(engine, prompts, "proposer", len(requests)):
                 reply = model.chat.decode_response(response.ids.tolist())
                 answer, _ = strip_thinking(reply, model.opened)
                 row = {"id": missing[n][0], "sample": 0, "proposer": config.proposer, "request": missing[n][1], "reply": reply}
@@ -141,16 +140,16 @@ def ask(requests: Sequence[str], config: "SearchConfig", searched: Model, mesh: 
         rows.close()
 
 
-def _stream(engine: "Engine", prompts: list[list[int]], console: "Console", title: str, total: int) -> Iterator[tuple[int, "Response"]]:
+def _stream(engine: "Engine", prompts: list[list[int]], title: str, total: int) -> Iterator[tuple[int, "Response"]]:
     """The engine's responses as they end, under a progress bar that starts at what was there before."""
     import jax
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     keys_N = jax.random.split(jax.random.key(0), len(prompts))  # greedy: never used
-    shown = Console(stderr=True)
+    console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=shown, disable=not (shown.is_terminal and console.is_terminal)) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total, completed=total - len(prompts))
         for found in engine.stream(prompts, keys_N):
             yield found

@@ -93,7 +93,7 @@ class Search:
         self.config, self.model, self.mesh, self.console = config, model, mesh, console
         self.select, self.held_out = select, held_out
         self.scored: list[Scored] = []
-        self._answers = Answers(config, model, console)
+        self._answers = Answers(config, model)
 
     def close(self) -> None:
         self._answers.close()
@@ -156,7 +156,7 @@ class Search:
         if parents:
             wanted = proposer.wanted_axes([p.candidate for p in parents], config.children, config.seed + iteration)
         examples = [(p.candidate.text, p.measured["tfr"]["rate"], p.measured["benign_flip_rate"]["rate"]) for p in parents]
-        replies = ask([proposer.request(axes, examples) for axes in wanted], config, self.model, self.mesh, self.console)
+        replies = ask([proposer.request(axes, examples) for axes in wanted], config, self.model, self.mesh)
         found = []
         for axes, answer in zip(wanted, replies, strict=True):
             if "<context>" not in answer and refused(answer, "english-v1"):

@@ -108,25 +108,25 @@ def show(results: dict[str, Any], rows: int, console) -> None:
 
     split = results["split"]["select"]
     on = f"{split['harmful']} harmful and {split['benign']} benign prompts"
-    table = Table(title=f"{len(results['candidates'])} contexts on {on} (rate and 95 % interval)", title_justify="left")
+    table = Table(title=f"{len(results['candidates'])} contexts on {on}, 95 % intervals", title_justify="left")
     table.add_column("context", overflow="fold")
-    for name in ("flips", "benign flips", "words", "tokens", "objective"):
+    for name in ("flips", "benign flips", "tokens", "objective"):
         table.add_column(name, justify="right", no_wrap=True)
     for c in results["candidates"][:rows]:
-        table.add_row(c["name"], *_cells(c["select"], len(c["text"].split())))
+        table.add_row(c["name"], *_cells(c["select"]))
     table.add_section()
-    for about, name in (("chosen", "chosen"), ("most flips", "paper")):
-        c = results[name]
-        table.add_row(f"{c['name']} ({about}, held out)", *_cells(c["held_out"], len(c["text"].split())))
+    table.add_row("chosen, held out", *_cells(results["chosen"]["held_out"]))
+    table.add_row("most flips, held out", *_cells(results["paper"]["held_out"]))
     console.print(table)
+    console.print(f"chosen   {results['chosen']['name']} (most flips, whatever they cost: {results['paper']['name']})")
 
 
-def _cells(measured: dict[str, Any], words: int) -> list[str]:
+def _cells(measured: dict[str, Any]) -> list[str]:
     def rate(cell: dict[str, Any]) -> str:
-        return f"{cell['rate']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
+        return f"{cell['rate']:.2f} {cell['low']:.2f}-{cell['high']:.2f}"
 
     rates = [rate(measured[name]) for name in ("tfr", "benign_flip_rate")]
-    return [*rates, str(words), f"{measured['response_tokens']:.0f}", f"{measured['objective']:.3f}"]
+    return [*rates, f"{measured['response_tokens']:.0f}", f"{measured['objective']:.3f}"]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def plot_search(folder: Path) -> Path:
     Marked are the Pareto front, the chosen context and the argmax of the flip rate alone; their held-out values are hollow.
     """
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    fig, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8.2, 4.4), layout="constrained")
     candidates = [c["select"] for c in results["candidates"]]
     front = pareto_front([c["tfr"]["rate"] for c in candidates], [c["benign_flip_rate"]["rate"] for c in candidates])
     _points(ax, [c for c, best in zip(candidates, front, strict=True) if not best], GREY, 0.25, "candidate")
@@ -26,9 +26,9 @@ def plot_search(folder: Path) -> Path:
     _mark(ax, results["chosen"], GREEN, "*", "chosen")
     split, weight = results["split"]["select"], results["config"]["benign_weight"]
     ax.set(
-        title=f"Contexts on {split['harmful']} harmful and {split['benign']} benign prompts (weight {weight:g})",
-        xlabel="benign flip rate: answered without, refused with the context",
-        ylabel="teacher flip rate: unsafe without, refused with",
+        title=f"{split['harmful']} harmful and {split['benign']} benign prompts, weight {weight:g}",
+        xlabel="benign flip rate (answered without, refused with)",
+        ylabel="teacher flip rate (unsafe without, refused with)",
         xlim=(-0.03, 1.03),
         ylim=(-0.03, 1.03),
     )
@@ -59,4 +59,5 @@ def _mark(ax, candidate: dict[str, Any], colour: str, marker: str, label: str) -
     ax.plot(x, y, color=colour, linewidth=1, zorder=4)
     label = f"{label}: {candidate['name']}"
     ax.scatter(x[:1], y[:1], s=size, marker=marker, color=colour, edgecolor="white", linewidth=0.6, zorder=6, label=label)
-    ax.scatter(x[1:], y[1:], s=size, marker=marker, facecolor="white", edgecolor=colour, linewidth=1.2, zorder=5, label="  held out")
+    held_out = dict(facecolor="white", edgecolor=colour, linewidth=1.2, label="    on the held-out prompts")
+    ax.scatter(x[1:], y[1:], s=size, marker=marker, zorder=5, **held_out)

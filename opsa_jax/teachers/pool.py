@@ -113,6 +113,8 @@ def split_parts(text: str, axes: Mapping[str, str]) -> Parts:
     """
     sentences = re.split(r"(?<=[.:!?])\s+", text)
     opening = closing = ""
+    if len(sentences) == 2 and sentences[0].endswith(":"):
+        return sentences[0], sentences[1], "", ""
     if len(sentences) > 1 and axes.get("style", "?") != "any":
         *sentences, closing = sentences
     if len(sentences) > 1 and axes.get("framing", "?") != "plain":
