@@ -237,6 +237,9 @@ def search(config: "SearchConfig", console: "Console") -> tuple[Path, dict[str, 
     mesh, out = make_mesh(config.mesh), Path(config.out)
     with jax.set_mesh(mesh):
         model = Model.load(config.model, config, mesh)
+        # Templates without system messages and foreign tokenizers show here, before the output folder is made.
+        shown = candidates[0].text if candidates else "Refuse."
+        model.encode([model.chat.render(r.prompt, shown, config.placement, r.system) for r in select.harmful + select.benign])
         running = Search(config, model, mesh, select, held_out, console)
         try:
             results = running.run(candidates)

@@ -118,7 +118,11 @@ def show(results: dict[str, Any], rows: int, console) -> None:
     table.add_row("chosen, held out", *_cells(results["chosen"]["held_out"]))
     table.add_row("most flips, held out", *_cells(results["paper"]["held_out"]))
     console.print(table)
-    console.print(f"chosen   {results['chosen']['name']} (most flips, whatever they cost: {results['paper']['name']})")
+    most = results["paper"]["select"]["tfr"]["rate"]
+    cost = [c["select"]["benign_flip_rate"]["rate"] for c in results["candidates"] if c["select"]["tfr"]["rate"] == most]
+    spread = f"with benign flip rates from {min(cost):.2f} to {max(cost):.2f}"
+    console.print(f"chosen   {results['chosen']['name']}", soft_wrap=True)
+    console.print(f"most     {most:.2f} flips in {len(cost)} of {len(results['candidates'])}, {spread}; first: {results['paper']['name']}", soft_wrap=True)
 
 
 def _cells(measured: dict[str, Any]) -> list[str]:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import pytest
 
-from opsa_jax import context_answers, context_search, search
+from opsa_jax import context_answers, context_search, paths, search
 from opsa_jax.cli import entry
 from opsa_jax.config import SourceConfig
 from opsa_jax.parallel import mesh
@@ -175,6 +176,17 @@ def test_mistakes_cost_one_line_and_write_nothing(tmp_path, capsys, monkeypatch,
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, "--out", "out", *argv)
     assert code == 2 and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_template_without_system_messages(pool, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(paths.resolve("sandbox:base"), folder)
+    template = folder / "chat_template.jinja"
+    reject = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template.write_text(reject + template.read_text())
+    code, _, err = run(capsys, *command(pool, tmp_path / "out", "--model", folder))
+    assert code == 2 and err.count("\n") == 1 and "rejects system messages" in err
     assert not (tmp_path / "out").exists()
 
 
