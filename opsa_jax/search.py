@@ -122,7 +122,8 @@ def show(results: dict[str, Any], rows: int, console) -> None:
     cost = [c["select"]["benign_flip_rate"]["rate"] for c in results["candidates"] if c["select"]["tfr"]["rate"] == most]
     spread = f"with benign flip rates from {min(cost):.2f} to {max(cost):.2f}"
     console.print(f"chosen   {results['chosen']['name']}", soft_wrap=True)
-    console.print(f"most     {most:.2f} flips in {len(cost)} of {len(results['candidates'])}, {spread}; first: {results['paper']['name']}", soft_wrap=True)
+    number = f"{len(cost)} of {len(results['candidates'])} contexts"
+    console.print(f"most     {most:.2f} flips in {number}, {spread}; first: {results['paper']['name']}", soft_wrap=True)
 
 
 def _cells(measured: dict[str, Any]) -> list[str]:
