@@ -19,6 +19,7 @@ from opsa_jax.errors import UserError, did_you_mean
 COMMANDS = {
     "train": "train a model by on-policy distillation (no recipe: the embedded sandbox run)",
     "generate": "sample responses to a file of prompts",
+    "answers": "make training answers: filtered self-generated ones, preference pairs, Cross-SFT data",
     "steer": "find a refusal direction and the safety tokens (SafeSteer's preparation)",
     "convert": "import, export or verify a Hugging Face checkpoint",
     "search": "search the teacher's context: flip rates of many candidates, on harmful and on benign prompts",
