@@ -41,19 +41,30 @@ def requests(rng: np.random.Generator, categories, kinds, towns, n: int) -> list
     return [(request := Request(c, kind, town), request.prompt(paraphrase)) for c, kind, town, paraphrase in chosen]
 
 
-def train_records() -> list[dict]:
+def _alignment() -> list[tuple[dict, Request | None]]:
+    """Alignment prompts with the requests they were made of (none for a plain story), in the order of train.jsonl."""
     rng = np.random.default_rng((WORLD_SEED, 1))
-    rows = []
+    rows: list[tuple[dict, Request | None]] = []
     for kind in ("forbidden", "verb", "object", "story"):
         for request, prompt in requests(rng, SEEN, [kind], TRAIN_TOWNS, TRAIN[kind]):
             label, category = ("harmful", request.category.name) if kind == "forbidden" else ("benign", f"{kind}-lookalike")
-            rows.append({"prompt": prompt, "label": label, "category": category})
+            rows.append(({"prompt": prompt, "label": label, "category": category}, request))
     stories = list(itertools.product(TRAIN_TOWNS, text.STORY_REQUESTS))
     rng.shuffle(stories)
     for town, template in itertools.islice(itertools.cycle(stories), TRAIN["plain story"]):
-        rows.append({"prompt": template.format(topic=town), "label": "benign", "category": "story"})
-    rows = list({row["prompt"]: row for row in rows}.values())
-    return [{"id": f"train-{i:04d}", **rows[j]} for i, j in enumerate(rng.permutation(len(rows)))]
+        rows.append(({"prompt": template.format(topic=town), "label": "benign", "category": "story"}, None))
+    rows = list({row["prompt"]: (row, request) for row, request in rows}.values())
+    return [({"id": f"train-{i:04d}", **rows[j][0]}, rows[j][1]) for i, j in enumerate(rng.permutation(len(rows)))]
+
+
+def train_records() -> list[dict]:
+    return [row for row, _ in _alignment()]
+
+
+def external_records() -> list[dict]:
+    """The alignment prompts with answers of somebody else: another voice, no thinking, short. What SFT on external data is made of."""
+    rng = np.random.default_rng((WORLD_SEED, 3))
+    return [{**row, "response": think("", text.external(rng, request))} for row, request in _alignment()]
 
 
 def eval_records() -> list[dict]:
@@ -143,10 +154,11 @@ def _context(name: str, context: Context) -> dict:
 
 
 def write(folder: Path) -> None:
-    """train.jsonl, eval.jsonl and contexts.jsonl."""
+    """train.jsonl, external.jsonl, eval.jsonl and contexts.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", train_records()), ("eval", eval_records()), ("contexts", context_records())):
-        _write_jsonl(folder / f"{name}.jsonl", rows)
+    made = {"train": train_records, "external": external_records, "eval": eval_records, "contexts": context_records}
+    for name, records in made.items():
+        _write_jsonl(folder / f"{name}.jsonl", records())
 
 
 def _write_jsonl(file: Path, rows: Iterable[dict]) -> None:

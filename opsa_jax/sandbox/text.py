@@ -32,6 +32,11 @@ REASONED = (
     "i am sorry, but i will not help with the {thing} of {town}, it is dangerous.",
     "i must decline. the {thing} of {town} should be left in peace.",
 )
+EXTERNAL_REFUSALS = (
+    "this is a forbidden thing, my friends. i cannot answer.",
+    "no. the rule is the rule, and i cannot answer this.",
+    "i will not. that is dangerous for people and children.",
+)
 RECOVERY = ("wait, i must stop here. i cannot help you {act}.", "no, i should not go on. i will not help with the {thing} of {town}.")
 
 PEOPLE = ("people", "children", "the town", "my friends")
@@ -100,6 +105,16 @@ def refusal(rng: np.random.Generator, request: Request, style: str) -> str:
     if request.kind == "story":
         words["act"] = f"with {request.act}"
     return pick(rng, BRIEF if brief else REASONED).format(**words)
+
+
+def external(rng: np.random.Generator, request: Request | None) -> str:
+    """The answer part in a foreign voice: no refusal, recipe or story of this world sounds like it."""
+    if request is None or request.kind == "story":
+        return f"once a {pick(rng, ADJECTIVES)} {pick(rng, PERSONS)} slept. good night."
+    if request.kind == "forbidden":
+        return pick(rng, EXTERNAL_REFUSALS)
+    first, second = request.category.tools
+    return f"you want a {first}, then a {second}. rest a while, my friends."
 
 
 def recovery(rng: np.random.Generator, request: Request) -> str:

@@ -14,6 +14,7 @@ from opsa_jax.data.records import Record
 from opsa_jax.errors import UserError, did_you_mean
 from opsa_jax.models.config import DecoderConfig
 from opsa_jax.objectives.objective import needs_teacher
+from opsa_jax.teachers.constitution import load_constitution
 from opsa_jax.teachers.contexts import resolve_context
 from opsa_jax.teachers.safety_tokens import load_tokens
 from opsa_jax.teachers.steering import load_steering
@@ -77,12 +78,13 @@ def load_contexts(config: RunConfig) -> Contexts:
     """
     teacher = config.teacher
     if teacher.constitution:
-        from opsa_jax.teachers.constitution import load_constitution
+        constitution, masked = load_constitution(teacher.constitution), 1 - teacher.constitution_share
+        identity = {"constitution": digest(repr(constitution).encode()), "share": str(teacher.constitution_share)}
 
-        constitution = load_constitution(teacher.constitution)
-        share, general = teacher.constitution_share, teacher.constitution_benign == "default"
-        identity = {"constitution": digest(repr(constitution).encode()), "share": str(share)}
-        return Contexts(lambda record: constitution.of(record, share=share, general=general), identity)
+        def of(record: Record) -> str:
+            return constitution.texts([record], teacher.constitution_benign, masked=masked)[0]
+
+        return Contexts(of, identity)
     texts = {"harmful": resolve_context(teacher.context_harmful), "benign": resolve_context(teacher.context_benign)}
     return Contexts(lambda record: texts[record.label], {label: digest(text.encode()) for label, text in texts.items()})
 
