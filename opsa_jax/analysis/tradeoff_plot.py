@@ -12,8 +12,8 @@ import numpy as np
 from opsa_jax.analysis.plots import BLUE, GREEN, GREY, ORANGE
 from opsa_jax.analysis.tradeoff import Choice, Row, axes_of, summarise, values_of
 
-# Okabe and Ito without the yellow that white paper swallows, then two that differ from them in lightness. Markers tell arms apart in grey.
-COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#5B2A86", "#6B4A2B")
+# Okabe and Ito without the yellow that white paper swallows, then four that differ from them in lightness. Markers tell arms apart in grey.
+COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#5B2A86", "#6B4A2B", "#000000", "#999933")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 PANELS = {
     "capability_delta": ("change of capability against the base", "Safety and capability"),
@@ -59,8 +59,11 @@ def _limits(ax, axis: str) -> None:
     """Room around the points, and never so little that differences of a prompt or two fill the picture."""
     ax.margins(0.06)
     low, high = ax.get_ylim()
-    least_low, least_high = (-0.1, 0.05) if axis == "capability_delta" else (-0.01, 0.15)
-    ax.set_ylim(min(low, least_low), max(high, least_high))
+    if axis == "over_refusal":
+        high = max(high, 0.15)
+        ax.set_ylim(-0.06 * high, high)
+    else:
+        ax.set_ylim(min(low, -0.1), max(high, 0.05))
     low, high = ax.get_xlim()
     ax.set_xlim(min(low, high - 0.2), max(high, 1.02) if high > 0.9 else high)
 
