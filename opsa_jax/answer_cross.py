@@ -80,9 +80,16 @@ class _Cross:
         self.cfg = cfg
         constitution = load_constitution(cfg.constitution)
         self._given = {s: read_answers(Path(s.removeprefix("file:"))) for s in check_sources(cfg.sources) if s.startswith("file:")}
+        for source, ok in (("--sources endpoint", "endpoint" not in cfg.sources or cfg.endpoint.url),
+                           ("--judge endpoint", cfg.judge != "endpoint" or cfg.judge_endpoint.url or cfg.endpoint.url)):  # fmt: skip
+            if not ok:
+                raise UserError(f"{source} needs --endpoint.url and --endpoint.model (a judge: or --judge-endpoint.url and .model)")
         self.shop = Shop(cfg)
         records = self.shop.records
         self.harmful = self.shop.with_label("harmful")
+        for source, answers in self._given.items():
+            if not any(r.id in answers for r in self.harmful):
+                raise UserError(f"--sources {source}: none of its {len(answers)} ids is that of a harmful prompt of {cfg.prompts}")
         self.systems = dict(zip((r.id for r in records), constitution.texts(records, cfg.general), strict=True))
         self._writer = Endpoint(cfg.endpoint, self.shop.parts / "endpoint.jsonl") if "endpoint" in cfg.sources else None
         self._judge = None

@@ -208,6 +208,9 @@ class Shop:
         write_json(self.out.with_name(self.out.name + ".report.json"), report | dict(more or {}))
         screen = Console(highlight=False)
         screen.print(_table(self.out, counts, words))
+        for label, c in counts.items():
+            if c and not c["kept"]:
+                screen.print(f"warning: no {label} prompt is left")
         for name, value in (more or {}).items():
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
             screen.print(f"{name}: {text:.3f}" if isinstance(text, float) else f"{name}: {text}", soft_wrap=True)

@@ -33,8 +33,8 @@ class EndpointConfig:
     """Base URL of an OpenAI-compatible endpoint, for example http://localhost:8000/v1."""
     model: str = ""
     """Name of the model there."""
-    key_env: str = "OPENAI_API_KEY"
-    """Environment variable with the key; where it is not set, none is sent."""
+    key_env: str = ""
+    """Environment variable with the key, for example OPENAI_API_KEY; empty sends none."""
     timeout: float = 120.0
     """Seconds an answer may take."""
     retries: int = 6
@@ -81,7 +81,7 @@ class Endpoint:
         backoff: seconds before the first further attempt; doubles with each, times a random factor in [0.5, 1.5).
 
     Raises:
-        UserError: no URL or model, a number out of range, or a cache that cannot be read.
+        UserError: no URL or model, a named key that is not set, a number out of range, or a cache that cannot be read.
     """
 
     def __init__(self, cfg: EndpointConfig, cache: Path | None = None, backoff: float = 1.0):
@@ -89,6 +89,8 @@ class Endpoint:
             raise UserError(f"endpoint URL {cfg.url!r}: must start with http:// or https://, for example http://localhost:8000/v1")
         if not cfg.model:
             raise UserError(f"endpoint {cfg.url}: name the model to ask for")
+        if cfg.key_env and not os.environ.get(cfg.key_env):
+            raise UserError(f"endpoint {cfg.url}: the environment variable {cfg.key_env}, which should hold its key, is not set")
         for name, ok in (("timeout", cfg.timeout > 0), ("retries", cfg.retries >= 0), ("concurrency", cfg.concurrency >= 1)):
             if not ok:
                 raise UserError(f"endpoint {name} {getattr(cfg, name)}: must be {'0 or above' if name == 'retries' else 'above 0'}")
@@ -166,8 +168,8 @@ class Endpoint:
 
     def _once(self, ask: Ask) -> Reply:
         headers = {"Content-Type": "application/json", "User-Agent": "opsa_jax"}
-        if key := os.environ.get(self.cfg.key_env, ""):
-            headers["Authorization"] = f"Bearer {key}"
+        if self.cfg.key_env:
+            headers["Authorization"] = f"Bearer {os.environ.get(self.cfg.key_env, '')}"
         request = urllib.request.Request(self._url, json.dumps(self._body(ask)).encode(), headers)
         try:
             with self._opener.open(request, timeout=self.cfg.timeout) as response:
@@ -187,7 +189,8 @@ class Endpoint:
         what = f"HTTP {e.code} {e.reason}" + (f": {detail}" if detail else "")
         if e.code in _RETRIED or e.code >= 500:
             return _Retry(what, _seconds(e.headers.get("Retry-After")))
-        hint = f"; is the key in ${self.cfg.key_env} right?" if e.code in (401, 403) else ""
+        key = f"is the key in ${self.cfg.key_env} right?" if self.cfg.key_env else "does it need a key? name its variable in key-env"
+        hint = f"; {key}" if e.code in (401, 403) else ""
         return UserError(what + hint)
 
     def _keep(self, key: str, reply: Reply) -> None:

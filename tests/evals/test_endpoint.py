@@ -69,7 +69,7 @@ def stall(body):
 @pytest.fixture
 def stub(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "not-for-every-host")
     s = Stub()
     yield s
     s.server.shutdown()
@@ -105,6 +105,10 @@ def test_key_is_sent_and_not_kept(stub, monkeypatch, tmp_path):
     client(stub, tmp_path / "c.jsonl", key_env="SECRET_NAME").ask([ask("q")])
     assert stub.headers[0][1]["Authorization"] == "Bearer sesame-42"
     assert "sesame" not in (tmp_path / "c.jsonl").read_text()
+    stub.script = [status(403)]
+    with pytest.raises(UserError, match=r"is the key in \$SECRET_NAME right") as e:
+        client(stub, key_env="SECRET_NAME").ask([ask("q")])
+    assert "sesame" not in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_stalled_request_is_asked_again(stub):
 @pytest.mark.parametrize(
     "script, message, requests",
     [
-        ([status(401, "bad key")], r"HTTP 401.*bad key.*OPENAI_API_KEY", 1),
+        ([status(401, "bad key")], r"HTTP 401.*bad key.*key-env", 1),
         ([status(400, "too long")], r"HTTP 400.*too long", 1),
         ([status(302, Location="http://example.invalid/")], r"HTTP 302", 1),
         ([status(500, "broken")] * 4, r"HTTP 500.*broken.*after 4 attempts", 4),
@@ -194,6 +198,7 @@ def test_bad_settings(stub, tmp_path):
     for changes, message in (
         ({"url": "ftp://x"}, "must start with http"),
         ({"model": ""}, "name the model"),
+        ({"key_env": "OPSA_NO_SUCH_KEY"}, "OPSA_NO_SUCH_KEY.*is not set"),
         ({"concurrency": 0}, "concurrency 0: must be above 0"),
         ({"retries": -1}, "retries -1"),
     ):
