@@ -113,10 +113,12 @@ SANDBOX = SteerConfig(
     positions=4,
     score_after=" i",
     refusal_tokens=(" must", " should"),
+    fallback="induce",  # the best candidate comes close to the limit of the KL; what is next best works too
     coefficients=(1.5,),
     vote_prompts="harmful",  # this steering changes nothing on harmless prompts
-    horizon=16,
-    top_votes=20,  # 200 would be two fifths of the vocabulary
+    horizon=24,  # up to the first words of the answer after the think block
+    top_votes=10,  # 200 would be two fifths of the vocabulary, and without the next limit most of it is noise
+    min_steered_prob=1e-3,
     evals=EvalConfig(batch=64),
 )
 
@@ -138,7 +140,7 @@ def preset(argv: list[str]) -> SteerConfig:
     ('context-none', 'harmful-harmless')
     """
     given = {"--preset": "auto", "--model": SANDBOX.model}
-    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = flag.partition("=")
         if name in given:
             given[name] = value if equals else following

@@ -117,10 +117,12 @@ def find_direction(cfg, model: Model, harmful: Prompts, harmless: Prompts, conte
         "harmless": (harmless, ""),
     }
     probe = steering.Probe(model.params, model.cfg, model.batch)
-    rows: dict[tuple[str, str], list] = {}
-    for name, (prompts, text) in sets.items():
-        for split in ("train", "val") if name != "harmless" else ("val",):
-            rows[name, split] = rows_at(cfg, model, getattr(prompts, split), text, places)
+    wanted = {
+        (name, split): (getattr(prompts, split), text)
+        for name, (prompts, text) in sets.items()
+        for split in (("train", "val") if name != "harmless" else ("val",))
+    }
+    rows = rows_at(cfg, model, wanted, places)
     kept = {}
     for split in ("train", "val"):
         kept |= keep_rows(cfg, probe, rows, split, ids, paired)
@@ -141,19 +143,24 @@ def find_direction(cfg, model: Model, harmful: Prompts, harmless: Prompts, conte
     return Direction(scores, reasons_LC, names, layer, column, fallback, kept)
 
 
-def rows_at(cfg: SteerConfig, model: Model, records: Sequence[Record], context: str, places: tuple[Place, Place]) -> list:
-    """(row that ends where the candidates are taken, row that ends where the score is) per record; None where the answer ends before."""
-    prompts = [model.chat.encode(r.prompt, context, cfg.placement, r.system) for r in records]
-    answers: list[list[int]] = [[] for _ in prompts]
+def rows_at(cfg: SteerConfig, model: Model, sets: dict, places: tuple[Place, Place]) -> dict[tuple[str, str], list]:
+    """For each set of (records, context): per record the row that ends where candidates are taken and the row that ends where the score
+    is; None where the greedy answer ends before."""
+    prompts = {
+        key: [model.chat.encode(r.prompt, context, cfg.placement, r.system) for r in records] for key, (records, context) in sets.items()
+    }
+    everything = [row for found in prompts.values() for row in found]
+    answers: list[list[int]] = [[] for _ in everything]
     if any(p.in_answer for p in places):
         room = max(_ANSWER_ROOM if p.text else p.tokens for p in places)
-        answers = [r.ids.tolist() for r in model.generate(prompts, room, cfg.seed)]
+        answers = [r.ids.tolist() for r in model.generate(everything, room, cfg.seed, slots=cfg.evals.batch)]
     forced = model.chat.encode_texts([cfg.score_after])[0].tolist() if cfg.score_after else []
-    found = []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    pairs = []
+    for prompt, answer in zip(everything, answers, strict=True):
         at, score = (place.cut(answer, model.chat) for place in places)
-        found.append(None if at is None or score is None else (prompt + at, prompt + score + forced))
-    return found
+        pairs.append(None if at is None or score is None else (prompt + at, prompt + score + forced))
+    found = iter(pairs)
+    return {key: [next(found) for _ in rows] for key, rows in prompts.items()}
 
 
 def keep_rows(cfg: SteerConfig, probe: steering.Probe, rows: dict, split: str, ids, paired: bool) -> dict[str, str]:
@@ -212,11 +219,13 @@ def inspect(cfg: SteerConfig, model: Model, records: list[Record], direction: Di
     """Results by model and metric, and one transcript per model and prompt; empty without records."""
     if not records:
         return {}, []
-    models: dict[str, tuple[Any, str]] = {"base": (None, "")}
+    L, D = model.cfg.n_layers, model.cfg.d_model
+    # Steering by zero is the base, in the program that the steered models use.
+    models: dict[str, tuple[Any, str]] = {"base": (steering.steering_rows(L, 0, np.zeros(D)) if direction else None, "")}
     if direction is None:
         models["prompted"] = (None, context)
     for c in cfg.coefficients if direction else ():
-        models[f"steered x{c:g}"] = (steering.steering_rows(model.cfg.n_layers, direction.layer, direction.vector_D, c), "")
+        models[f"steered x{c:g}"] = (steering.steering_rows(L, direction.layer, direction.vector_D, c), "")
     results, transcripts = {}, []
     for name, (steer_LD, text) in models.items():
         prefills = [model.chat.encode_texts([r.extra.get("prefill", "")])[0].tolist() for r in records]
