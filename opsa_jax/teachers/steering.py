@@ -121,7 +121,7 @@ def refusal_ids(chat: Chat, texts: Sequence[str]) -> tuple[int, ...]:
         ids = chat.encode_texts([text])[0].tolist()
         if len(ids) != 1 or chat.decode(ids).strip() != text.strip():
             pieces = [chat.decode([i]) for i in ids]
-            raise UserError(f"--refusal-tokens {text!r} is not one token of {chat.path!r} (it gives {pieces}); use words that are")
+            raise UserError(f"--refusal-tokens {text!r} is not one token of {chat.path!r} but {pieces}; use words that are one token")
         found.append(ids[0])
     return tuple(dict.fromkeys(found))
 
