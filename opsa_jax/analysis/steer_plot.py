@@ -30,7 +30,8 @@ def plot_scores(folder: Path) -> Path:
                 ax.plot(column, layer, "x", color="#222222", markersize=5, markeredgewidth=1.0)
         if found["chosen"]:
             at = found["chosen"]["column"] + len(names), found["chosen"]["layer"]
-            ax.add_patch(plt.Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2.5, clip_on=False, zorder=5))
+            corner = at[0] - 0.5, at[1] - 0.5
+            ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor=ORANGE, linewidth=2.5, clip_on=False, zorder=5))
         ax.set_xticks(range(len(names)), names, fontsize=7, rotation=45 if max(map(len, names)) > 4 else 0)
         ax.set_yticks(range(0, layers, max(1, layers // 12)))
         ax.set_title(title, fontsize=9)
