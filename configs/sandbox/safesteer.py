@@ -19,7 +19,7 @@ def get_config() -> c.RunConfig:
         base,
         out="runs/sandbox-safesteer",
         teacher=c.TeacherConfig(
-            context_harmful="", context_benign="", steering="runs/steer/direction.safetensors", steering_coefficient=1.7
+            context_harmful="", context_benign="", steering="runs/steer/direction.safetensors", steering_coefficient=1.5
         ),
         data=c.DataConfig(sources=(c.SourceConfig(where="label=harmful"),)),
         objective=c.ObjectiveConfig(
