@@ -52,7 +52,7 @@ class Benchmark:
 
 BOXED = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 CHOICE = "{prompt}\n\n{options}\n\nAnswer with the letter of the right option."
-REASONED = "{prompt}\n\n{options}\n\nThink step by step, then end with one line: The answer is (X), where X is the letter of the right option."
+REASONED = "{prompt}\n\n{options}\n\nThink step by step, then end with one line: The answer is (X), where X is the right letter."
 CODE = "Complete the following Python function. Answer with the whole function in one Python code block.\n\n```python\n{prompt}```"
 CODE_TESTS = "{prompt}\n\nYour code should pass these tests:\n\n{tests}\n\nAnswer with one Python code block."
 
@@ -201,7 +201,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             (("gpqa/gpqa_diamond.csv",), ("gpqa_diamond.csv",), ("gpqa.jsonl",)),
             {
                 "prompt": ("Question",), "right": ("Correct Answer",), "wrong1": ("Incorrect Answer 1",),
-                "wrong2": ("Incorrect Answer 2",), "wrong3": ("Incorrect Answer 3",), "subtype": ("High-level domain",), "id": ("Record ID",),
+                "wrong2": ("Incorrect Answer 2",), "wrong3": ("Incorrect Answer 3",),
+                "subtype": ("High-level domain",), "id": ("Record ID",),
             },
             "choice", "benign", prompt=REASONED, room=4096, gated=True, note="options in an order fixed by the question",
         ),
@@ -209,7 +210,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             "mmlu", "MMLU", "capability", "cais/mmlu:all", "test", "https://github.com/hendrycks/test", "MIT", 14042,
             (("mmlu/test.parquet",), ("mmlu/test.jsonl",), ("mmlu.jsonl",)),
             {"prompt": ("question",), "options": ("choices",), "answer": ("answer",), "subtype": ("subject",)},
-            "choice", "benign", prompt=CHOICE, room=16, subsets={"stem": STEM}, note="by likelihood of the letters; subsets: stem, or a subject",
+            "choice", "benign", prompt=CHOICE, room=16, subsets={"stem": STEM},
+            note="by likelihood of the letters; subsets: stem, or a subject",
         ),
         Benchmark(
             "humaneval", "HumanEval", "capability", "openai/openai_humaneval", "test", "https://github.com/openai/human-eval", "MIT", 164,

@@ -9,7 +9,8 @@ A record of a benchmark is a `data.records.Record` whose `extra` has
 | scorer | request, gsm8k, math, choice, code; sandbox for suites of evals/suite.py |
 | room | tokens for the response |
 | expect | request: content only a compliant answer has; tasks: the expected answer |
-| options | choice: texts of the options |
+| options | choice: how many options |
+| question | tasks: the question without the instructions around it |
 | tests, entry_point, code_prompt | code |
 | behavior, context | what a judge is told: the request without its context, and the context |
 | attack | name of the transform that made the prompt, where one did |
@@ -126,7 +127,7 @@ def _limited(records: Sequence[Record], limit: int) -> list[Record]:
 
 
 def _load_one(name: str, data_dir: str, choice: str) -> list[Record]:
-    if name in SUITES or name.endswith((".jsonl", ".jsonl.gz")) and "=" not in name:
+    if name in SUITES or (name.endswith((".jsonl", ".jsonl.gz")) and "=" not in name):
         extra = {"benchmark": name, "scorer": "sandbox"}
         prefix = "" if name in SUITES else f"{Path(name).stem}/"
         records = [dataclasses.replace(r, id=prefix + r.id, extra=dict(r.extra) | extra) for r in load_suite(name)]
@@ -270,7 +271,7 @@ def _task(benchmark: Benchmark, values: Mapping[str, Any], prompt: str, choice: 
     answer = plain(values["answer"])
     if not answer:
         raise BadRecord("the answer is empty or no text")
-    return benchmark.prompt.replace("{prompt}", prompt), {"expect": answer}
+    return benchmark.prompt.replace("{prompt}", prompt), {"expect": answer, "question": prompt}
 
 
 def _choice(benchmark: Benchmark, values: Mapping[str, Any], prompt: str, choice: str) -> tuple[str, dict[str, Any]]:
@@ -288,7 +289,7 @@ def _choice(benchmark: Benchmark, values: Mapping[str, Any], prompt: str, choice
     listed = "\n".join(f"({letter}) {text}" for letter, text in zip(letters, options, strict=True))
     by_likelihood = choice == "likelihood" or (choice == "auto" and benchmark.name == "mmlu")
     text = benchmark.prompt.replace("{options}", listed).replace("{prompt}", prompt)
-    more = {"expect": letters[right], "options": len(options)}
+    more = {"expect": letters[right], "options": len(options), "question": prompt}
     return text, more | ({"scorer": "likelihood"} if by_likelihood else {})
 
 
@@ -297,5 +298,7 @@ def _code(benchmark: Benchmark, values: Mapping[str, Any], prompt: str, choice: 
     if isinstance(tests, list):
         shown = "\n".join(tests)
         source = "\n".join([*(values.get("imports") or []), shown])
-        return benchmark.prompt.replace("{tests}", shown).replace("{prompt}", prompt), {"tests": source, "entry_point": "", "code_prompt": ""}
-    return benchmark.prompt.replace("{prompt}", prompt), {"tests": f"{tests}\n\ncheck({entry})\n", "entry_point": entry, "code_prompt": prompt}
+        text = benchmark.prompt.replace("{tests}", shown).replace("{prompt}", prompt)
+        return text, {"tests": source, "entry_point": "", "code_prompt": "", "question": prompt}
+    more = {"tests": f"{tests}\n\ncheck({entry})\n", "entry_point": entry, "code_prompt": prompt, "question": prompt}
+    return benchmark.prompt.replace("{prompt}", prompt), more

@@ -133,7 +133,8 @@ def _plain_same(given: str, expected: str) -> bool:
     return x is not None and y is not None and abs(x - y) <= Fraction(1, 10**9) * max(abs(y), 1)
 
 
-_DROPPED = (r"\left", r"\right", r"\!", r"\,", r"\;", r"\:", r"\ ", "$", r"^{\circ}", r"^\circ", r"\displaystyle", r"\mathrm", "\u00b0", " ")
+_SPACES = (r"\left", r"\right", r"\!", r"\,", r"\;", r"\:", r"\ ", " ")
+_DROPPED = (*_SPACES, "$", r"^{\circ}", r"^\circ", r"\displaystyle", r"\mathrm", "\u00b0")
 
 
 def _math_text(text: str) -> str:

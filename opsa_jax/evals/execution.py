@@ -6,6 +6,7 @@ accidents in; it is no wall against an attacker, who should get a container or a
 (`--allow-code-execution`).
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -110,10 +111,8 @@ exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
 
 
 def _kill(process: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -43,6 +43,10 @@ class Answer:
     category: str = ""
     expect: str = ""
     """Content that only a compliant answer has, where the record knows it."""
+    behavior: str = ""
+    """The request by itself, where the prompt wraps it or has a context before it."""
+    context: str = ""
+    """The context of a contextual request."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Runs a suite on a model with the engine that `generate` uses: the same tokens as the sampler of training, slots refilled."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,16 +20,20 @@ from opsa_jax.rollout.sampler import row_keys
 
 
 def evaluate(
-    params: Params, cfg: DecoderConfig, chat: Chat, evals: EvalConfig, seed: int = 0, context: str = "", placement: Placement = "system"
-) -> tuple[dict[str, Any], list[dict]]:
+    params: Params, cfg: DecoderConfig, chat: Chat, evals: EvalConfig, seed: int = 0, context: str = "", placement: Placement = "system",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[dict[str, Any], list[dict]]:  # fmt: skip
     """Score a model on a suite; deterministic given the seed. With a `context` before every prompt it scores a teacher.
+
+    With several processes all call it with the same arguments. `progress` is called with (responses done, prompts), equally often on
+    each.
 
     Returns:
         Results by metric, and one transcript per prompt: id, metric, prompt, prefill, response, outcome.
     """
     records = load_suite(evals.suite, limit=evals.limit)
     prompts = [chat.encode(r.prompt, context, placement, r.system) for r in records]
-    responses = respond(params, cfg, chat, records, prompts, evals, seed)
+    responses = respond(params, cfg, chat, records, prompts, evals, seed, progress)
     outcomes = [judge(r, text, evals.refusal_phrases) for r, text in zip(records, responses, strict=True)]
     transcripts = [
         {"id": r.id, "metric": r.extra["metric"], "prompt": r.prompt, "prefill": r.extra.get("prefill", ""), "response": text, "outcome": o}
@@ -39,15 +43,16 @@ def evaluate(
 
 
 def respond(
-    params: Params, cfg: DecoderConfig, chat: Chat, records: Sequence[Record], prompts: list[list[int]], evals: EvalConfig, seed: int
-) -> list[str]:
+    params: Params, cfg: DecoderConfig, chat: Chat, records: Sequence[Record], prompts: list[list[int]], evals: EvalConfig, seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:  # fmt: skip
     """One response per record; where the record has a `prefill`, the response starts with it."""
     prefills = [chat.encode_texts([r.extra.get("prefill", "")])[0] for r in records]
     prompts = [[*prompt, *prefill] for prompt, prefill in zip(prompts, prefills, strict=True)]
     numbers_N = np.array([zlib.crc32(r.id.encode()) & 0x7FFFFFFF for r in records], np.int32)
     keys_N = row_keys(jax.random.key(seed), "evaluate", 0, numbers_N, np.zeros(len(records), np.int32))
     engine = Engine(params, cfg, Sampling(temperature=evals.temperature), chat.stop_ids, evals.max_new_tokens, evals.batch)
-    responses = engine.run(prompts, keys_N)
+    responses = engine.run(prompts, keys_N, progress)
     return [chat.decode_response([*prefill, *r.ids]) for prefill, r in zip(prefills, responses, strict=True)]
 
 
