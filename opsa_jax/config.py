@@ -317,13 +317,22 @@ class EvalConfig:
     """What is scored, and how responses are sampled for it."""
 
     suite: str = "sandbox"
-    """Suite scored before and after training: sandbox, a JSONL file in its format (evals/suite.py), or empty for none."""
+    """What is scored, separated by commas: sandbox, groups (safety, overrefusal, capability, attacks), benchmarks (NAME, NAME:SUBSET,
+    NAME=FILE; `python -m opsa_jax.evaluate --list`), JSONL files in the format of evals/suite.py; or empty for none."""
     max_new_tokens: int = 64
-    """Room for the response."""
+    """Room for the response; 0 is the benchmark's own (64 for the sandbox)."""
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this much probability."""
+    samples: int = 1
+    """Responses per prompt; rates are means over them, and with several also any of them (any@n, pass@n)."""
+    data_dir: str = ""
+    """Folder with the benchmarks' files; empty takes the hub."""
     refusal_phrases: str = "sandbox-v1"
-    """List of refusal phrases that decides what is a refusal: sandbox-v1, english-v1."""
+    """List of refusal phrases that decides what is a refusal: sandbox-v1, english-v1, or auto (sandbox-v1 for the sandbox only)."""
     batch: int = 256
     """Prompts sampled at a time."""
     limit: int = 0
