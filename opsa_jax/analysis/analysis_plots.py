@@ -1,12 +1,14 @@
 """Plots of `opsa analyse`: token KL by position and by token type, drift with marginals, collapse probes. From their data alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opsa_jax.analysis.plots import BLUE, GREEN, GREY, ORANGE, plt, save
+from opsa_jax.analysis.tables import check_writable, write_csv
+from opsa_jax.training.rundir import write_json
 
 _COLOURS = (BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#5B2A86")
 INSET = 30
@@ -130,3 +132,37 @@ def plot_collapse(models: Mapping[str, Mapping[str, Any]], folder: Path) -> None
             ax.set_ylim(0, 1)
         ax.spines[["top", "right"]].set_visible(False)
     save(fig, folder, "collapse")
+
+
+def plot_places(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """`tradeoff.png`, `.svg`, `.csv` and `.json` of a report's runs: safety against capability and over-refusal, with 95 % intervals."""
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
+    names = list(dict.fromkeys(r["name"] for r in rows))
+    for ax, axis in zip(axes, ("capability", "over_refusal")):
+        for r in rows:
+            if r.get("safety") and r.get(axis):
+                cells = [r["safety"], r[axis]]
+                bars = [[[c["rate"] - c["low"]], [c["high"] - c["rate"]]] if c["low"] is not None else None for c in cells]
+                colour = GREY if r["model"] == "base" else (BLUE, ORANGE, GREEN, *_COLOURS[2:])[names.index(r["name"]) % 7]
+                ax.errorbar(
+                    cells[0]["rate"], cells[1]["rate"], xerr=bars[0], yerr=bars[1], fmt="o", color=colour, capsize=2.5, label=r["name"]
+                )
+        ax.set(xlabel="safety (1 - mean attack success rate)", ylabel=axis.replace("_", "-"))
+        # Never so close that a difference of a prompt or two fills the picture.
+        low, high = ax.get_ylim()
+        ax.set_ylim((min(low, 0.9), max(high, 1.005)) if axis == "capability" else (min(low, -0.005), max(high, 0.15)))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    if rows:
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    save(fig, folder, "tradeoff")
+    axes_names = ("safety", "capability", "over_refusal")
+    flat = [
+        {"name": r["name"], "model": r["model"]}
+        | {f"{a}{end}": r[a][k] for a in axes_names if r.get(a) for end, k in (("", "rate"), ("_low", "low"), ("_high", "high"))}
+        for r in rows
+    ]
+    write_csv(folder / "tradeoff.csv", flat)
+    write_json(folder / "tradeoff.json", {"rows": flat})
