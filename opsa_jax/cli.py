@@ -24,6 +24,8 @@ COMMANDS = {
     "convert": "import, export or verify a Hugging Face checkpoint",
     "search": "search the teacher's context: flip rates of many candidates, on harmful and on benign prompts",
     "evaluate": "score a checkpoint: refusal, over-refusal, capability",
+    "analyse": "look inside a trained model: token-level KL, drift, collapse probes",
+    "report": "one HTML page of a run, or of several",
     "compare": "run recipes over seeds and bases, and draw the safety trade-off",
 }
 T = TypeVar("T")
