@@ -332,7 +332,7 @@ class EvalConfig:
     data_dir: str = ""
     """Folder with the benchmarks' files; empty takes the hub."""
     refusal_phrases: str = "sandbox-v1"
-    """List of refusal phrases that decides what is a refusal: sandbox-v1, english-v1, or auto (sandbox-v1 for the sandbox only)."""
+    """List of refusal phrases that decides what is a refusal: sandbox-v1, english-v1 (evaluate also: auto)."""
     batch: int = 256
     """Prompts sampled at a time."""
     limit: int = 0
