@@ -2,20 +2,23 @@
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from opsa_jax.cli import entry, parse
 from opsa_jax.config import EvalConfig, MeshConfig
+from opsa_jax.evals.endpoint import EndpointConfig
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Score a checkpoint on a suite: attack success, over-refusal, capability, length and diversity, with 95 % intervals.
+    """Score a checkpoint: attack success, over-refusal, capability, length and diversity, with 95 % intervals.
 
-    Example: python -m opsa_jax.evaluate --model runs/sandbox-opsa/hf --out results
+    Examples:
+      python -m opsa_jax.evaluate --model runs/sandbox-opsa/hf --out results
+      python -m opsa_jax.evaluate --model Qwen/Qwen3-0.6B --suite safety,overrefusal,gsm8k --data-dir sets --missing skip --out results
+      python -m opsa_jax.evaluate --model DIR --suite harmbench --judge guard:wildguard=allenai/wildguard --out results
     """
 
     model: str = "sandbox:base"
@@ -23,7 +26,9 @@ class EvaluateConfig:
     revision: str = "main"
     """Branch, tag or commit of a hub checkpoint."""
     out: str = ""
-    """Folder for results.json and transcripts.jsonl; empty prints the table only."""
+    """Folder for transcripts.jsonl (grows row by row), results.json and evaluation.json; empty prints the table only."""
+    resume: bool = False
+    """Continue the evaluation in the folder at --out: finished rows are kept and not made again."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and matrix products: auto is bfloat16 on TPU and GPU and float32 on CPU."""
     thinking: Literal["auto", "on", "off"] = "auto"
@@ -34,7 +39,32 @@ class EvaluateConfig:
     """Where the context goes."""
     seed: int = 0
     """Seed of sampling."""
-    evals: tyro.conf.OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
+    missing: Literal["error", "skip"] = "error"
+    """What a set of the suite that cannot be had does: stop with how to get it, or be left out with a line."""
+    choice: Literal["auto", "likelihood", "generate"] = "auto"
+    """Multiple choice: the likeliest letter, or the letter that a written answer names; auto is the benchmark's own."""
+    maths: Literal["auto", "math-verify", "plain"] = "auto"
+    """Comparison of mathematical answers: the package math-verify (extra: eval), or text and value; auto takes what is installed."""
+    judge: tuple[str, ...] = ()
+    """Judges of requests besides the refusal phrases: phrases:LIST, guard:NAME=PATH (llama-guard-3, llama-guard-4, wildguard,
+    harmbench, qwen3guard; PATH a folder or hub name), endpoint:safety, endpoint:strongreject."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """Where the endpoint judges are."""
+    allow_code_execution: bool = False
+    """Run code that the model wrote (humaneval, mbpp) in a process with limits; see opsa_jax/evals/execution.py."""
+    code_seconds: float = 10.0
+    """Seconds a program may take."""
+    code_megabytes: int = 1024
+    """Memory a program may take."""
+    lm_eval: str = ""
+    """Tasks of lm-eval to run as well (extra: eval), separated by commas: names such as ifeval, or .yaml files."""
+    leakage: tuple[str, ...] = ()
+    """Do not evaluate: look for prompts of the suite in these training files (as in --data.sources of training)."""
+    show_list: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """Do not evaluate: print the benchmarks with source, license, size and metric."""
+    evals: tyro.conf.OmitArgPrefixes[EvalConfig] = field(
+        default_factory=lambda: EvalConfig(max_new_tokens=0, refusal_phrases="auto")
+    )
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
@@ -44,47 +74,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(config: EvaluateConfig) -> dict:
-    """Evaluate and show; returns the results by metric.
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate and show; returns the results by metric (nothing with --list, counts with --leakage).
 
     Raises:
-        UserError: no such checkpoint, suite or context; an output folder that holds results already.
+        UserError: no such checkpoint, suite, judge or context; an output folder that holds results already; an endpoint that is down.
     """
-    import jax
-    from rich.console import Console
+    from opsa_jax import evaluate_run
 
-    from opsa_jax.config import ModelConfig
-    from opsa_jax.data.chat import Chat
-    from opsa_jax.data.loaders import write_jsonl
-    from opsa_jax.errors import UserError
-    from opsa_jax.evals.runner import evaluate, results_table
-    from opsa_jax.evals.scorers import refusal_list
-    from opsa_jax.evals.suite import load_suite
-    from opsa_jax.models import hf
-    from opsa_jax.parallel.mesh import make_mesh
-    from opsa_jax.teachers.contexts import resolve_context
-    from opsa_jax.training.rundir import write_json
-    from opsa_jax.training.setup import open_checkpoint
-
-    out = Path(config.out)
-    if config.out and (out / "results.json").exists():
-        raise UserError(f"{out / 'results.json'} exists; choose another folder with --out")
-    refusal_list(config.evals.refusal_phrases)
-    load_suite(config.evals.suite)
-    context = resolve_context(config.context)
-    mesh = make_mesh(config.mesh)
-    model = open_checkpoint(ModelConfig(path=config.model, revision=config.revision, compute_dtype=config.dtype), config.model)
-    chat = Chat.load(str(model.folder), thinking=config.thinking)
-    console = Console(highlight=False)
-    with jax.set_mesh(mesh):
-        params = hf.load_params(model.folder, model.cfg, model.cfg.compute_dtype, mesh)
-        results, transcripts = evaluate(params, model.cfg, chat, config.evals, config.seed, context, config.placement)
-    if config.out:
-        out.mkdir(parents=True, exist_ok=True)
-        write_jsonl(out / "transcripts.jsonl", transcripts)
-        write_json(out / "results.json", results)
-    console.print(results_table({config.model: results}))
-    return results
+    if config.show_list:
+        evaluate_run.show_benchmarks()
+        return {}
+    if config.leakage:
+        return evaluate_run.check_leakage(config)
+    return evaluate_run.evaluate(config)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,12 @@ from rich.table import Table
 from opsa_jax.config import EvalConfig
 from opsa_jax.data.chat import Chat, Placement
 from opsa_jax.data.records import Record
+from opsa_jax.errors import UserError
+from opsa_jax.evals.benchmarks import is_plain, load
+from opsa_jax.evals.generation import SANDBOX_ROOM, Memory, Subject, generate, in_order
 from opsa_jax.evals.suite import judge, load_suite, summarise
+from opsa_jax.evals.summary import summarise_rows
+from opsa_jax.evals.verdicts import phrases_for
 from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.params import Params
 from opsa_jax.rollout.engine import Engine
@@ -31,15 +36,31 @@ def evaluate(
     Returns:
         Results by metric, and one transcript per prompt: id, metric, prompt, prefill, response, outcome.
     """
+    if not is_plain(evals.suite) or evals.samples > 1:
+        return _evaluate_sets(Subject(params, cfg, chat, context, placement), evals, seed, progress)
     records = load_suite(evals.suite, limit=evals.limit)
     prompts = [chat.encode(r.prompt, context, placement, r.system) for r in records]
     responses = respond(params, cfg, chat, records, prompts, evals, seed, progress)
-    outcomes = [judge(r, text, evals.refusal_phrases) for r, text in zip(records, responses, strict=True)]
+    phrases = phrases_for(evals.suite, evals.refusal_phrases)
+    outcomes = [judge(r, text, phrases) for r, text in zip(records, responses, strict=True)]
     transcripts = [
         {"id": r.id, "metric": r.extra["metric"], "prompt": r.prompt, "prefill": r.extra.get("prefill", ""), "response": text, "outcome": o}
         for r, text, o in zip(records, responses, outcomes, strict=True)
     ]
     return summarise(records, responses, outcomes), transcripts
+
+
+def _evaluate_sets(
+    subject: Subject, evals: EvalConfig, seed: int, progress: Callable[[int, int], None]
+) -> tuple[dict[str, Any], list[dict]]:
+    """The same for any suite: groups, benchmarks, several responses. Rule outcomes only; `python -m opsa_jax.evaluate` also has judges."""
+    records = load(evals.suite, evals.data_dir, evals.limit)
+    if coded := next((r for r in records if r.extra["scorer"] == "code"), None):
+        raise UserError(f"{coded.extra['benchmark']} runs code that a model wrote: use python -m opsa_jax.evaluate --allow-code-execution")
+    sink = Memory()
+    generate(subject, records, evals, seed, sink, lambda done, total, what: progress(done, total))
+    rows = in_order(records, sink.rows, evals.suite)
+    return summarise_rows({r.id: r for r in records}, rows, opened=subject.opened), rows
 
 
 def respond(
@@ -51,7 +72,8 @@ def respond(
     prompts = [[*prompt, *prefill] for prompt, prefill in zip(prompts, prefills, strict=True)]
     numbers_N = np.array([zlib.crc32(r.id.encode()) & 0x7FFFFFFF for r in records], np.int32)
     keys_N = row_keys(jax.random.key(seed), "evaluate", 0, numbers_N, np.zeros(len(records), np.int32))
-    engine = Engine(params, cfg, Sampling(temperature=evals.temperature), chat.stop_ids, evals.max_new_tokens, evals.batch)
+    sampling = Sampling(temperature=evals.temperature, top_k=evals.top_k, top_p=evals.top_p)
+    engine = Engine(params, cfg, sampling, chat.stop_ids, evals.max_new_tokens or SANDBOX_ROOM, evals.batch)
     responses = engine.run(prompts, keys_N, progress)
     return [chat.decode_response([*prefill, *r.ids]) for prefill, r in zip(prefills, responses, strict=True)]
 
