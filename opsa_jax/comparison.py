@@ -166,7 +166,7 @@ def run_one(p: Planned, out: Path) -> str | None:
 
 def base_key(config: RunConfig) -> str:
     """What the base model's evaluation depends on: model, suite and sampling; the seed only where sampling is random."""
-    model = {k: v for k, v in to_dict(config)["model"].items() if k not in ("lora", "remat", "scan_unroll")}
+    model = {k: v for k, v in to_dict(config)["model"].items() if k not in ("lora", "remat", "scan_unroll", "attention")}
     parts = [model, config.model.lora.rank > 0, to_dict(config)["evals"], config.seed if config.evals.temperature > 0 else None]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -36,6 +36,8 @@ class ModelConfig:
     """Dtype of the matrix products: auto is bfloat16 on TPU and GPU and float32 on CPU."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes per block: none, dots (keep only matrix products) or full (keep only block inputs)."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """Attention of training and prefill: auto is splash on TPU, cuDNN on NVIDIA GPUs in bfloat16, and XLA elsewhere."""
     scan_unroll: int = 1
     """Blocks per iteration of the layer scan; the number of layers unrolls it (faster for tiny models, slower to compile)."""
     thinking: Literal["auto", "on", "off"] = "auto"

@@ -1,8 +1,12 @@
-"""Attention: one function, one mask rule. Backends for accelerators plug in here with the same semantics."""
+"""Attention: one function, one mask rule, several backends. `attention_kernels.py` has those of accelerators."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from opsa_jax.models import attention_kernels as kernels
 
 
 @struct.dataclass
@@ -26,15 +30,46 @@ class Visibility:
         return same_BTS & near_TS[None]
 
 
-def attention(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible: Visibility, window: jax.Array | int = 0) -> jax.Array:
+def attention(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    visible: Visibility,
+    window: jax.Array | int = 0,
+    *,
+    backend: str = "xla",
+    windows: tuple[int, ...] = (),
+) -> jax.Array:
     """Softmax attention with grouped heads, scores and softmax in float32.
 
     Query head n uses key-value head n // (N / K), as in Hugging Face. A query that sees nothing (padding) gets finite values
     that nobody reads.
 
+    Args:
+        window: of this layer, which may be data under a scan.
+        backend: `auto`, `xla`, `splash` or `cudnn` (static), as in `ModelConfig.attention`. The kernels serve training and prefill, where
+            the queries are the keys' own columns (T = S); one token against a cache is always XLA's.
+        windows: the values that `window` can have (static); empty where it is not data. Kernels are built for one window each.
+
     Returns:
         [B, T, N, H] in the dtype of q.
+
+    Raises:
+        UserError: a backend asked for by name that cannot serve this device, dtype or shape.
     """
+    chosen = kernels.choose(backend, kernels.Case.of(q_BTNH, k_BKSH))
+    if chosen == "xla":
+        return attention_xla(q_BTNH, k_BKSH, v_BKSH, visible, window)
+    sizes = sorted(set(windows)) or [int(window)]
+    one_window = [functools.partial(kernels.RUN[chosen], window=size) for size in sizes]
+    args = q_BTNH, k_BKSH, v_BKSH, visible.q_segments_BT
+    if len(sizes) == 1:
+        return one_window[0](*args)
+    return jax.lax.switch(jnp.searchsorted(jnp.asarray(sizes), window), one_window, *args)
+
+
+def attention_xla(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible: Visibility, window: jax.Array | int = 0) -> jax.Array:
+    """The reference: the scores of all pairs exist at the same time."""
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
     G = N // K

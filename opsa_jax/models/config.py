@@ -53,6 +53,8 @@ class DecoderConfig:
     """Execution: none, dots or full; what `jax.checkpoint` recomputes per block."""
     scan_unroll: int = 1
     """Execution: blocks per iteration of the layer scan."""
+    attention: str = "auto"
+    """Execution: auto, xla, splash or cudnn (models/attention.py)."""
 
     @property
     def n_params(self) -> int:
@@ -64,6 +66,8 @@ class DecoderConfig:
         return self.n_layers * block + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
 
 
+EXECUTION = ("compute_dtype", "remat", "scan_unroll", "attention")
+"""Fields of `DecoderConfig` that say how it is computed, not what."""
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 # What transformers assumes where config.json is silent and the families differ.
 _SILENT: dict[str, dict[str, Any]] = {
@@ -241,7 +245,7 @@ def to_hf(cfg: DecoderConfig) -> dict[str, Any]:
     elif cfg.windows:
         hf |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": cfg.n_layers}
         hf["layer_types"] = ["sliding_attention" if w else "full_attention" for w in cfg.windows]
-    execution = {"compute_dtype": cfg.compute_dtype, "remat": cfg.remat, "scan_unroll": cfg.scan_unroll}
+    execution = {name: getattr(cfg, name) for name in EXECUTION}
     if dataclasses.replace(from_hf(hf), **execution) != cfg:
         raise UserError(f"family {cfg.family!r} cannot express this architecture in config.json: {cfg}")
     return hf

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from opsa_jax import paths
 from opsa_jax.errors import UserError
-from opsa_jax.models.config import DecoderConfig, from_hf, to_hf
+from opsa_jax.models.config import EXECUTION, DecoderConfig, from_hf, to_hf
 from opsa_jax.models.params import Params, declare
 from opsa_jax.models.tensors import IGNORED, Stored, load_tree, new_folder, save_tree, scan
 
@@ -174,6 +174,6 @@ def save_params(
 def _checked(raw_config: dict[str, Any], cfg: DecoderConfig) -> dict[str, Any]:
     """A copy of the source's config.json, without pointers to code that is not copied."""
     source = from_hf(raw_config)
-    if replace(source, compute_dtype=cfg.compute_dtype, remat=cfg.remat, scan_unroll=cfg.scan_unroll) != cfg:
+    if replace(source, **{name: getattr(cfg, name) for name in EXECUTION}) != cfg:
         raise ValueError(f"raw_config describes another architecture: {source} instead of {cfg}")
     return {name: value for name, value in raw_config.items() if name != "auto_map"}

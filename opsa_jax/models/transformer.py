@@ -10,8 +10,8 @@ from opsa_jax.models.attention import Visibility, attention
 from opsa_jax.models.cache import KVCache
 from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.layers import project, rms_norm, rope_tables, rotate
-from opsa_jax.models.params import Layers, Params
-from opsa_jax.parallel.rules import constrain
+from opsa_jax.models.params import Layers, Params, declare, map_weights
+from opsa_jax.parallel.rules import GATHERED, constrain, gather
 
 
 @struct.dataclass
@@ -90,9 +90,13 @@ def forward(
 
 
 def _checkpointed(block, remat: str):
-    if remat == "none":
-        return block
     policies = jax.checkpoint_policies
+    if remat == "none":
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.shape["fsdp"] == 1:
+            return block
+        # Gathered weights are gathered again for the backward pass, or every device would keep all of them.
+        return jax.checkpoint(block, policy=policies.save_anything_except_these_names(GATHERED))
     policy = policies.nothing_saveable if remat == "full" else policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(block, policy=policy)
 
@@ -101,7 +105,7 @@ def _block(x_BTD, kv, layer: Layers, index, window, steer_D, *, cfg: DecoderConf
     """One block: pre-norm attention and pre-norm gated feed-forward, each added to the residual stream."""
     if steer_D is not None:
         x_BTD = x_BTD + steer_D.astype(x_BTD.dtype)
-    lora = layer.lora or {}
+    lora, layer = layer.lora or {}, _gathered(layer, cfg)
     h_BTD = rms_norm(x_BTD, layer.attn_norm_LD, cfg.norm_eps)
     q_BTNH = project(h_BTD, layer.wq_LDNH, 1, layer.bq_LNH, lora.get("q"))
     k_BTKH = project(h_BTD, layer.wk_LDKH, 1, layer.bk_LKH, lora.get("k"))
@@ -119,7 +123,8 @@ def _block(x_BTD, kv, layer: Layers, index, window, steer_D, *, cfg: DecoderConf
         v_all = jax.lax.dynamic_update_slice(v_all, v_BKSH[None].astype(v_all.dtype), at)
         k_BKSH, v_BKSH = k_all[index], v_all[index]
         kv = (k_all, v_all, length)
-    out_BTNH = attention(q_BTNH, k_BKSH, v_BKSH, visible, 0 if window is None else window)
+    backend = {"backend": cfg.attention, "windows": cfg.windows}
+    out_BTNH = attention(q_BTNH, k_BKSH, v_BKSH, visible, 0 if window is None else window, **backend)
     out_BTD = constrain(project(out_BTNH, layer.wo_LNHD, 2, layer.bo_LD, lora.get("o")), "batch", None, None)
     x_BTD = x_BTD + _without(out_BTD, ablate_D)
 
@@ -129,6 +134,16 @@ def _block(x_BTD, kv, layer: Layers, index, window, steer_D, *, cfg: DecoderConf
     h_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", None, "ffn")
     out_BTD = constrain(project(h_BTF, layer.down_LFD, 1, layer.b_down_LD, lora.get("down")), "batch", None, None)
     return x_BTD + _without(out_BTD, ablate_D), kv
+
+
+def _gathered(layer: Layers, cfg: DecoderConfig) -> Layers:
+    """The weights of one block, whole over fsdp (ZeRO-3): matrices in the compute dtype, so that half the bytes are moved in bfloat16."""
+
+    def one(w, x):
+        return gather(x.astype(cfg.compute_dtype) if w.decays else x, *w.axes[1:])
+
+    declared = declare(cfg).layers
+    return map_weights(one, declared, layer.replace(lora=None))
 
 
 def _without(x_BTD, unit_D):

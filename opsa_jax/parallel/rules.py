@@ -1,6 +1,9 @@
 """Logical axes and the mesh axes they are split over. Weights and activations name what an axis means; this file says where it lives."""
 
+import functools
+
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # ZeRO-3: weights and optimizer state are split along `embed` over fsdp and along heads, ffn and vocabulary over tensor.
@@ -39,3 +42,26 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+GATHERED = "gathered"
+"""Name of gathered weights for the policies of `jax.checkpoint`."""
+
+
+def gather(x: jax.Array, *axes: str | None) -> jax.Array:
+    """A weight with these logical axes, whole over fsdp and still split over tensor; its gradient comes back split as the weight is.
+
+    So each device's part of the gradient is the sum of what all devices found for it: a reduce-scatter, not an all-reduce.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1 or "embed" not in axes:
+        return x
+    return checkpoint_name(_gather(x, axes), GATHERED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    return constrain(constrain(x, *axes), *(None if axis == "embed" else axis for axis in axes))
+
+
+_gather.defvjp(lambda x, axes: (_gather(x, axes), None), lambda axes, _, g: (constrain(g, *axes),))

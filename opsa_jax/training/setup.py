@@ -237,7 +237,7 @@ def open_checkpoint(model: ModelConfig, path: str) -> Checkpoint:
     compute = model.compute_dtype
     if compute == "auto":
         compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    cfg = dataclasses.replace(cfg, compute_dtype=compute, remat=model.remat, scan_unroll=model.scan_unroll)
+    cfg = dataclasses.replace(cfg, compute_dtype=compute, remat=model.remat, scan_unroll=model.scan_unroll, attention=model.attention)
     return Checkpoint(hf.fetch(path, model.revision), cfg, raw)
 
 

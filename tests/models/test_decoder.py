@@ -11,7 +11,7 @@ from tiny_hf import batch, random_params
 
 from opsa_jax.config import MeshConfig
 from opsa_jax.models.cache import init_cache
-from opsa_jax.models.config import DecoderConfig, RopeScaling
+from opsa_jax.models.config import EXECUTION, DecoderConfig, RopeScaling
 from opsa_jax.models.params import abstract_params, count, declare, head_weight, init_params, map_weights
 from opsa_jax.models.transformer import forward, prompt_inputs
 from opsa_jax.parallel.mesh import make_mesh
@@ -76,7 +76,7 @@ VALUES = {
 
 
 def test_every_field_is_changed_below():
-    fields = {f.name for f in dataclasses.fields(DecoderConfig)} - {"family", "compute_dtype", "remat", "scan_unroll"}
+    fields = {f.name for f in dataclasses.fields(DecoderConfig)} - {"family", *EXECUTION}
     assert WEIGHTS.keys() | VALUES.keys() == fields | {f"rope_scaling.{f.name}" for f in dataclasses.fields(RopeScaling)}
 
 

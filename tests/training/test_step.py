@@ -134,8 +134,9 @@ def test_checkpoint_teacher_with_padded_vocabulary(tmp_path):
 @pytest.mark.slow
 def test_any_mesh_gives_the_same_update(tmp_path, monkeypatch):
     """Sampled tokens equal, loss and weights within float32 rounding; weights and moments split over fsdp and tensor."""
+    make_model(tmp_path / "model", heads=(8, 8))
     results = []
-    for shape in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)):
+    for shape in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)):
         devices = jax.devices()[: math.prod(shape)]
         monkeypatch.setattr(setup, "make_mesh", functools.partial(mesh.make_mesh, devices=devices))
         run, state = prepare(run_config(tmp_path, mesh=c.MeshConfig(*shape), optim=WELL_CONDITIONED))

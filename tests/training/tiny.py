@@ -20,7 +20,7 @@ TEMPLATE = (
 )
 
 
-def make_model(folder: Path, seed: int = 0, family: str = "qwen3", vocab_extra: int = 0) -> Path:
+def make_model(folder: Path, seed: int = 0, family: str = "qwen3", vocab_extra: int = 0, heads: tuple[int, int] = (4, 2)) -> Path:
     """Write the checkpoint; weights are large enough that the model has opinions."""
     specials = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>"]
     vocab = {w: i for i, w in enumerate([*specials, "system", "user", "assistant", *WORDS])}
@@ -32,7 +32,7 @@ def make_model(folder: Path, seed: int = 0, family: str = "qwen3", vocab_extra: 
     tokenizer.chat_template = TEMPLATE
     rows = -(-len(vocab) // 8) * 8 + vocab_extra
     cfg = DecoderConfig(
-        family, rows, 16, 2, 4, 2, 8, 32, qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tie_embeddings=True
+        family, rows, 16, 2, *heads, 8, 32, qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tie_embeddings=True
     )
     rng = np.random.default_rng(seed)
     params = map_weights(lambda w: jnp.asarray(0.12 * rng.normal(size=w.shape) + (w.init == "ones"), jnp.float32), declare(cfg))
