@@ -50,18 +50,22 @@ def numpy_token(cfg: ObjectiveConfig, logits_s_V: np.ndarray, logits_t_V: np.nda
     return value
 
 
-def torch_divergence(cfg: ObjectiveConfig, logits_s_NV: torch.Tensor, logits_t_NV: torch.Tensor) -> torch.Tensor:
-    """The configured divergence [N], differentiable in the student's logits."""
+def torch_divergence(cfg: ObjectiveConfig, logits_s_NV: torch.Tensor, logits_t_NV: torch.Tensor, tokens_K=None) -> torch.Tensor:
+    """The configured divergence [N], differentiable in the student's logits; tokens_K is the set of support=tokens."""
     logp_NV, logq_NV = (torch.log_softmax(x / cfg.temperature, -1) for x in (logits_s_NV, logits_t_NV.detach()))
     if cfg.support != "full":
-        ids_NK = (logq_NV if cfg.support == "teacher_topk" else logp_NV.detach()).topk(cfg.k).indices
-        if cfg.subset == "tail" and cfg.k < logp_NV.shape[-1]:
+        if cfg.support == "tokens":
+            ids_NK = torch.tensor(tokens_K).expand(len(logp_NV), -1)
+        else:
+            ids_NK = (logq_NV if cfg.support == "teacher_topk" else logp_NV.detach()).topk(cfg.k).indices
+        k = ids_NK.shape[-1]
+        if cfg.subset == "tail" and k < logp_NV.shape[-1]:
             outside_NV = torch.ones_like(logp_NV).scatter(-1, ids_NK, 0.0).bool()
             rests = [torch.logsumexp(x.masked_fill(~outside_NV, -torch.inf), -1, keepdim=True) for x in (logp_NV, logq_NV)]
         logp_NV, logq_NV = logp_NV.gather(-1, ids_NK), logq_NV.gather(-1, ids_NK)
         if cfg.subset == "renormalise":
             logp_NV, logq_NV = torch.log_softmax(logp_NV, -1), torch.log_softmax(logq_NV, -1)
-        elif cfg.subset == "tail" and cfg.k < outside_NV.shape[-1]:
+        elif cfg.subset == "tail" and k < outside_NV.shape[-1]:
             logp_NV, logq_NV = torch.cat([logp_NV, rests[0]], -1), torch.cat([logq_NV, rests[1]], -1)
     p_NV, q_NV = logp_NV.exp(), logq_NV.exp()
     if cfg.divergence == "jsd":
@@ -74,11 +78,11 @@ def torch_divergence(cfg: ObjectiveConfig, logits_s_NV: torch.Tensor, logits_t_N
     return (a * forward_NV + (1 - a) * reverse_NV).sum(-1)
 
 
-def torch_loss(cfg: ObjectiveConfig, hs_ND, head_s_DV, ht_ND, head_t_DV, w_N):
+def torch_loss(cfg: ObjectiveConfig, hs_ND, head_s_DV, ht_ND, head_t_DV, w_N, tokens_K=None):
     """(loss, gradient in hs_ND, gradient in head_s_DV) of sum_n w_n D_n, as float64 NumPy arrays, from a materialised [N, V]."""
     hs, head_s, ht, head_t, w = (torch.tensor(np.asarray(x, np.float64)) for x in (hs_ND, head_s_DV, ht_ND, head_t_DV, w_N))
     hs.requires_grad_(), head_s.requires_grad_()
     V = min(head_s.shape[1], head_t.shape[1])
-    loss = (w * torch_divergence(cfg, (hs @ head_s)[:, :V], (ht @ head_t)[:, :V])).sum()
+    loss = (w * torch_divergence(cfg, (hs @ head_s)[:, :V], (ht @ head_t)[:, :V], tokens_K)).sum()
     loss.backward()
     return loss.item(), hs.grad.numpy(), head_s.grad.numpy()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from reference import DIVERGENCES, SUPPORTS, numpy_token, torch_loss
 
 from opsa_jax.config import MeshConfig, ObjectiveConfig
@@ -61,7 +62,7 @@ def assert_close(found, expected, rtol=2e-6, atol=2e-6):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_objective(divergence, support, subset, eager):
     """Value and gradients in hidden states and head, at a temperature, three chunks of which the last is part full."""
-    cfg = ObjectiveConfig(divergence, mix=0.3, beta=0.3, support=support, subset=subset, k=6, temperature=1.4, chunk=4)
+    cfg = ObjectiveConfig(divergence=divergence, mix=0.3, beta=0.3, support=support, subset=subset, k=6, temperature=1.4, chunk=4)
     data = inputs()
     (loss, statistics), gradients = compute(cfg, *data)
     *arrays, w_N, _ = (np.float64(x) for x in data)
@@ -95,6 +96,35 @@ def test_statistics():
             np.testing.assert_allclose(found[name][n], value if w_N[n] else 0, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("subset", ["raw", "generalised", "renormalise", "tail"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_a_fixed_token_set(divergence, subset, eager):
+    """SafeSteer's support: the same tokens at every position, value and gradients against torch."""
+    cfg = ObjectiveConfig(divergence=divergence, support="tokens", subset=subset, chunk=4)
+    tokens_K, data = np.array([17, 2, 9, 5]), inputs()
+    (loss, _), gradients = compute(cfg, *data, jnp.asarray(tokens_K, jnp.int32))
+    *arrays, w_N, _ = (np.float64(x) for x in data)
+    expected_loss, *expected = torch_loss(cfg, *arrays, w_N, tokens_K=tokens_K)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    assert_close(gradients, tuple(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_an_entropy_floor_drops_tokens_of_a_sure_teacher(eager):
+    """EOPD: forward KL on the teacher's top k, only where its entropy reaches the floor."""
+    data = inputs(scale=0.8)
+    *arrays, w_N, _ = (np.float64(x) for x in data)
+    logq_NV = torch.log_softmax(torch.tensor(arrays[2] @ arrays[3]), -1)
+    entropy_N = -(logq_NV.exp() * logq_NV).sum(-1).numpy()
+    floor = float(np.median(entropy_N))
+    cfg = ObjectiveConfig(divergence="forward", support="teacher_topk", k=6, entropy_floor=floor, chunk=4)
+    (loss, statistics), gradients = compute(cfg, *data)
+    unsure_N = entropy_N >= floor
+    expected_loss, *expected = torch_loss(cfg, *arrays, w_N * unsure_N)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    assert_close(gradients, tuple(expected), rtol=1e-4, atol=1e-5)
+    assert 0 < unsure_N.sum() < len(unsure_N) and not np.any(statistics["divergence"][~unsure_N])
+
+
 @pytest.mark.parametrize("chunk", [1, 64])
 def test_chunk_size_does_not_matter(chunk):
     assert_close(compute(ObjectiveConfig(chunk=chunk), *inputs()), compute(ObjectiveConfig(chunk=4), *inputs()))
@@ -123,7 +153,7 @@ def test_no_weight_at_all():
 def test_teacher_that_is_the_student(name):
     """Loss, both KL and both gradients are exactly zero, also with sharp distributions."""
     hs, head_s, _, _, w, ids = inputs(scale=3.0)
-    cfg = ObjectiveConfig(name, mix=0.3, beta=0.3, temperature=1.4, chunk=4)
+    cfg = ObjectiveConfig(divergence=name, mix=0.3, beta=0.3, temperature=1.4, chunk=4)
     (loss, statistics), gradients = optimised(cfg, hs, head_s, hs, head_s, w, ids)
     assert loss == 0 and not any(np.any(statistics[k]) for k in ("divergence", "kl_forward", "kl_reverse"))
     assert not np.any(gradients[0]) and not np.any(gradients[1])
@@ -264,8 +294,8 @@ def test_frozen_head_has_no_gradient_buffer():
 
 SPECS = {
     "full": ObjectiveConfig(chunk=3),
-    "teacher tail": ObjectiveConfig("jsd", support="teacher_topk", subset="tail", k=5, temperature=1.4, chunk=3),
-    "student raw": ObjectiveConfig("reverse", support="student_topk", subset="raw", k=5, chunk=3),
+    "teacher tail": ObjectiveConfig(divergence="jsd", support="teacher_topk", subset="tail", k=5, temperature=1.4, chunk=3),
+    "student raw": ObjectiveConfig(divergence="reverse", support="student_topk", subset="raw", k=5, chunk=3),
 }
 
 
@@ -292,7 +322,11 @@ def test_value_alone_and_frozen_head_on_a_mesh():
     def frozen(h):
         return chunked_divergence(SPECS["full"], h, *data[1:], train_head=False)
 
+    tokens_K = jnp.array([28, 3, 14, 7, 15], jnp.int32)  # in several shards of the vocabulary
+    cfg = ObjectiveConfig(divergence="reverse", support="tokens", subset="tail", chunk=3)
+    expected = compute(cfg, *data, tokens_K)
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        assert_close(compute(cfg, *data, tokens_K), expected, rtol=1e-5, atol=1e-5)
         assert_close(jax.jit(frozen)(data[0]), (loss, statistics), rtol=1e-5)
         assert_close(jax.jit(jax.grad(frozen, has_aux=True))(data[0])[0], d_hidden, rtol=1e-5, atol=1e-5)
 
