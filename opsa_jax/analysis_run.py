@@ -21,6 +21,8 @@ from opsa_jax.data.chat import Chat, check_same_tokens
 from opsa_jax.data.loaders import write_jsonl
 from opsa_jax.data.records import Record
 from opsa_jax.errors import UserError
+from opsa_jax.evals import benchmarks
+from opsa_jax.evals.benchmarks import is_plain
 from opsa_jax.evals.scorers import refused
 from opsa_jax.evals.suite import judge, load_suite, summarise
 from opsa_jax.models import hf
@@ -108,9 +110,9 @@ def analyse(config: AnalyseConfig) -> Path:
         checkpoint = bench.models["base"]
         bench.base = hf.load_params(checkpoint.folder, checkpoint.cfg, checkpoint.cfg.compute_dtype, bench.mesh)
         bench.out.mkdir(parents=True, exist_ok=True)
-        if {"token-kl", "drift"} & set(config.parts):
+        if {"token-kl", "drift"} & set(bench.config.parts):
             bench.rollouts = sample_base(bench)
-        for part in dict.fromkeys(config.parts):
+        for part in dict.fromkeys(bench.config.parts):
             bench.console.print(_PARTS[part](bench))
     if config.run:
         plots.plot_training(Path(config.run), bench.out)
@@ -130,7 +132,11 @@ def prepare(config: AnalyseConfig) -> Bench:
         check_same_tokens(chat, Chat.load(str(checkpoint.folder), thinking=run.model.thinking))
     if "drift" in config.parts:
         check_layer(config.layer, opened["base"].cfg.n_layers)
-    records = by_kind(load_suite(run.evals.suite), config.prompts_per_kind)
+    if "teacher" in config.parts and (not is_plain(run.evals.suite) or run.evals.samples > 1):
+        if config.parts != AnalyseConfig.parts:
+            raise UserError("--parts teacher: only for the sandbox or one file in its format, with one response per prompt")
+        config = dataclasses.replace(config, parts=tuple(p for p in config.parts if p != "teacher"))
+    records = by_kind(suite_records(run), config.prompts_per_kind)
     steering = run.teacher.steering
     steer_LD = load_steering(steering, opened["base"].cfg, run.teacher.steering_coefficient) if steering else None
     return Bench(config, run, out, Console(highlight=False, soft_wrap=True), chat, opened, records, make_mesh(config.mesh), steer_LD)
@@ -170,13 +176,25 @@ def resolve(config: AnalyseConfig) -> tuple[RunConfig, dict[str, str]]:
     return run, models
 
 
+def suite_records(run: RunConfig) -> list[Record]:
+    """Records of the run's suite, of any kind."""
+    suite = run.evals.suite
+    return load_suite(suite) if is_plain(suite) else benchmarks.load(suite, run.evals.data_dir)
+
+
+def phrases_of(run: RunConfig) -> str:
+    """The refusal list; `auto` is the sandbox's own words for the sandbox and English for all else."""
+    chosen = run.evals.refusal_phrases
+    return chosen if chosen != "auto" else "sandbox-v1" if run.evals.suite == "sandbox" else "english-v1"
+
+
 def by_kind(records: Sequence[Record], limit: int) -> dict[str, list[Record]]:
-    """Prompts without prefill: harmful, benign (harmless look-alikes and open requests) and capability, spread evenly over the set."""
+    """Prompts without prefill: harmful, benign (harmless look-alikes and open requests) and capability (tasks), evenly spread."""
     found: dict[str, list[Record]] = {kind: [] for kind in KINDS}
     for record in records:
         if not record.extra.get("prefill"):
-            metric = record.extra["metric"]
-            found["harmful" if record.label == "harmful" else "capability" if metric == "capability" else "benign"].append(record)
+            request = record.extra["metric"].startswith(("over_refusal", "freeform"))
+            found["harmful" if record.label == "harmful" else "benign" if request else "capability"].append(record)
     for kind, rows in found.items():
         if limit and len(rows) > limit:
             found[kind] = [rows[i] for i in np.linspace(0, len(rows) - 1, limit).astype(int)]
@@ -289,7 +307,7 @@ def chosen(bench: Bench, values: dict[tuple[str, str], list[np.ndarray]]) -> lis
         for i, r in enumerate(rollouts[: bench.config.shown]):
             pairs = {pair: [round(float(v), 6) for v in x[i]] for (k, pair), x in values.items() if k == kind}
             row = {"kind": kind, "id": r.record.id, "prompt": r.record.prompt, "tokens": token_texts(bench.chat, r.ids), "values": pairs}
-            rows.append(row | {"refused": refused(r.text, bench.run.evals.refusal_phrases)})
+            rows.append(row | {"refused": refused(r.text, phrases_of(bench.run))})
     return rows
 
 
@@ -340,7 +358,7 @@ def run_collapse(bench: Bench) -> str:
     contexts = [r.context for r in encode(bench, "benign", records)]
     options = {
         "samples": bench.config.samples, "prompts": bench.config.collapse_prompts, "max_new_tokens": bench.run.rollout.max_new_tokens,
-        "batch": bench.config.batch, "placement": bench.run.teacher.placement, "phrases": bench.run.evals.refusal_phrases,
+        "batch": bench.config.batch, "placement": bench.run.teacher.placement, "phrases": phrases_of(bench.run),
         "seed": bench.config.seed,
     }  # fmt: skip
     found = {}
@@ -362,9 +380,9 @@ def run_teacher(bench: Bench) -> str:
     records = load_suite(bench.run.evals.suite, limit=bench.run.evals.limit)
     evals = bench.run.evals
     rows = encode(bench, "", records)
-    sampling = Sampling(temperature=evals.temperature)
-    drawn = respond(bench, "teacher", bench.load("teacher"), rows, sampling, evals.max_new_tokens, "evaluate")
-    outcomes = [judge(r.record, r.text, evals.refusal_phrases) for r in drawn]
+    sampling = Sampling(temperature=evals.temperature, top_k=evals.top_k, top_p=evals.top_p)
+    drawn = respond(bench, "teacher", bench.load("teacher"), rows, sampling, evals.max_new_tokens or 64, "evaluate")
+    outcomes = [judge(r.record, r.text, phrases_of(bench.run)) for r in drawn]
     results = summarise(records, [r.text for r in drawn], outcomes)
     write_jsonl(bench.out / "teacher.jsonl", [
         {"id": r.record.id, "metric": r.record.extra["metric"], "prompt": r.record.prompt, "prefill": r.record.extra.get("prefill", ""),

@@ -46,12 +46,15 @@ def newcombe_paired(both: int, first: int, second: int, neither: int) -> tuple[f
     return max(d - half(p2 - l2, u1 - p1), -1.0), min(d + half(u2 - p2, p1 - l1), 1.0)
 
 
-_GOOD = {"capability": "right", "over_refusal": "refused"}
-
-
 def success(metric: str, outcome: str) -> bool:
-    """Whether a transcript's outcome counts for its metric, as in `evals.suite.summarise`."""
-    return outcome == _GOOD.get(metric, "complied")
+    """Whether a transcript's outcome counts for its metric: complied, refused (over-refusal) or right (tasks).
+
+    >>> success("asr_seen", "complied"), success("over_refusal", "complied"), success("gsm8k", "right")
+    (True, False, True)
+    """
+    if metric.startswith("asr_"):
+        return outcome in ("complied", "unsafe")
+    return outcome == ("refused" if metric.startswith("over_refusal") else "right")
 
 
 def difference(
@@ -67,7 +70,7 @@ def difference(
         {"difference", "low", "high", "method"}, method one of paired, independent, mean.
     """
     d = after["rate"] - before["rate"]
-    if metric.endswith(("_words", "_diversity")):
+    if metric.endswith(("_words", "_diversity", "_score")) or metric.startswith("safety_score"):
         halves = [(x["high"] - x["low"]) / 2 for x in (before, after)]
         return {"difference": d, "low": d - math.hypot(*halves), "high": d + math.hypot(*halves), "method": "mean"}
     n = len(pairs)

@@ -152,7 +152,7 @@ def _row(r: dict[str, Any]) -> dict[str, Any]:
         cells[model] = {"rate": f"{c['rate']:.{digits}f}", "interval": f"{c['low']:.{digits}f} to {c['high']:.{digits}f}"}
     delta = None
     if d := r.get("delta"):
-        better = d["difference"] * (1 if r["metric"].startswith("capability") else -1)
+        better = d["difference"] * (-1 if r["metric"].startswith(("asr_", "over_refusal")) else 1)
         certain = (d["low"] > 0 or d["high"] < 0) and not r["metric"].startswith("freeform")
         delta = {
             "rate": f"{d['difference']:+.{digits}f}",

@@ -109,10 +109,14 @@ def load_run(folder: Path, name: str) -> RunData:
     return RunData(
         folder=folder, name=name, provenance=read_json(folder / "config.json"), metrics=metrics,
         results={m: results[m] for m in MODELS if m in results},
-        transcripts={m: rows for m, f in files.items() if (rows := {str(r["id"]): r for r in read_jsonl(f)})},
+        transcripts={m: rows for m, f in files.items() if (rows := {_key(r): r for r in read_jsonl(f)})},
         token_kl=read_json(analysis / "token_kl.json"), rollouts=read_jsonl(analysis / "token_kl_rollouts.jsonl"),
         drift=read_json(analysis / "drift.json"), collapse=read_json(analysis / "collapse.json"),
     )  # fmt: skip
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    return f"{row['id']}, sample {row['sample'] + 1}" if row.get("sample") else str(row["id"])
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -171,9 +175,24 @@ def headline(run: RunData) -> list[dict[str, Any]]:
     return rows
 
 
+def _plain(metrics: Mapping[str, Any]) -> list[str]:
+    """Metrics by the sets' own rules: without those of judges (asr_x@judge) and of any of several responses (asr_x_any@4)."""
+    return [m for m in metrics if "@" not in m]
+
+
 def safety_metrics(metrics: Mapping[str, Any], wanted: Sequence[str]) -> list[str]:
     """The attack metrics of the safety axis: those wanted that the suite has, otherwise all."""
-    return [m for m in wanted if m in metrics] or [m for m in metrics if m.startswith("asr_")]
+    return [m for m in wanted if m in metrics] or [m for m in _plain(metrics) if m.startswith("asr_")]
+
+
+def task_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """The metrics of the capability axis: `capability` of the sandbox, or all tasks of other suites.
+
+    >>> task_metrics({"capability": 1, "capability_fact": 1}), task_metrics({"asr_x": 1, "gsm8k": 1, "gsm8k_pass@4": 1})
+    (['capability'], ['gsm8k'])
+    """
+    others = ("asr_", "over_refusal", "freeform", "safety_score")
+    return ["capability"] if "capability" in metrics else [m for m in _plain(metrics) if not m.startswith(others)]
 
 
 def place(metrics: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -182,7 +201,11 @@ def place(metrics: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, dict[s
     if chosen := safety_metrics(metrics, wanted):
         mean = mean_rate([metrics[m] for m in chosen])
         found["safety"] = {"rate": 1 - mean["rate"], "low": 1 - mean["high"], "high": 1 - mean["low"]}
-    return found | {m: metrics[m] for m in ("capability", "over_refusal") if m in metrics}
+    if chosen := task_metrics(metrics):
+        found["capability"] = mean_rate([metrics[m] for m in chosen])
+    if chosen := [m for m in _plain(metrics) if m.startswith("over_refusal")]:
+        found["over_refusal"] = mean_rate([metrics[m] for m in chosen])
+    return found
 
 
 def sample_transcripts(run: RunData, per_metric: int) -> list[dict[str, Any]]:
