@@ -1,6 +1,7 @@
 """The `opsa` command, and what every `python -m opsa_jax.<name>` shares: typed flags, one-line errors, exit codes.
 
-Exit codes: 0 done, 2 bad input (one line on stderr says what to do), 130 interrupted.
+Exit codes: 0 done, 2 bad input (one line on stderr says what to do), 69 another process of the run did not join or died, 75 preempted
+and saved (SIGTERM; the same command with --resume goes on), 130 interrupted.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 import tyro
 
-from opsa_jax.errors import UserError, did_you_mean
+from opsa_jax.errors import Preempted, UserError, did_you_mean
 
 COMMANDS = {
     "train": "train a model by on-policy distillation (no recipe: the embedded sandbox run)",
@@ -71,7 +72,10 @@ def entry(command: Callable[[list[str] | None], int], argv: list[str] | None = N
         return command(argv)
     except UserError as e:
         print(f"opsa {name}: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+        return e.exit_code
+    except Preempted as e:
+        print(f"opsa {name}: {e}", file=sys.stderr)
+        return e.exit_code
     except KeyboardInterrupt:
         print(f"opsa {name}: interrupted", file=sys.stderr)
         return 130

@@ -282,6 +282,9 @@ class TrainConfig:
     """Updates between checkpoints; 0 saves only at the end. Rounded up to whole rollout batches."""
     keep: int = 2
     """Checkpoints kept."""
+    checkpoints: str = ""
+    """Where checkpoints go: a folder, or gs://BUCKET/FOLDER or s3://BUCKET/FOLDER; empty is OUT/checkpoints. Processes on several
+    machines need a place that all of them see."""
 
 
 @dataclass(frozen=True)
@@ -294,6 +297,27 @@ class MeshConfig:
     """Weights, optimizer state and batch split over this axis."""
     tensor: int = 1
     """Heads, feed-forward units and vocabulary split over this axis."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes that run one program (multi-controller JAX). On a TPU pod slice, a GKE JobSet or under srun, start the same
+    command everywhere and leave these alone; elsewhere give all of coordinator, processes and process_id."""
+
+    coordinator: str = ""
+    """HOST:PORT of process 0, as the others reach it."""
+    processes: int = 0
+    """Number of processes."""
+    process_id: int = -1
+    """Number of this process, 0 to processes - 1."""
+    local_devices: tuple[int, ...] = ()
+    """Devices of this machine that this process uses; empty is all (under srun: one each)."""
+    detect: Literal["auto", "off"] = "auto"
+    """auto: ask the cluster for what is not given; off: a single process, unless all three are given."""
+    timeout: int = 300
+    """Seconds that a process waits for the others to start, and to end."""
+    heartbeat: int = 60
+    """Seconds without a sign of life after which a process counts as dead, and the others end."""
 
 
 @dataclass(frozen=True)
@@ -371,6 +395,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
     evals: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -117,6 +117,7 @@ def validate(config: RunConfig) -> None:
         check(source.weight > 0, f"data.sources.{i}.weight", source.weight, "must be above 0")
         check(source.where.count("=") == 1 or not source.where, f"data.sources.{i}.where", source.where, "must be FIELD=VALUE")
     _validate_method(config, check)
+    _validate_processes(config, check)
     unknown = [x for x in c.model.lora.targets if x not in LORA_TARGETS]
     check(not unknown, "model.lora.targets", " ".join(unknown), f"allowed: {' '.join(LORA_TARGETS)}")
     check(c.model.lora.rank >= 0, "model.lora.rank", c.model.lora.rank, "must be 0 (all weights) or above")
@@ -158,6 +159,23 @@ def _validate_method(config: RunConfig, check: Callable[[bool, str, Any, str], N
         check(r.samples_per_prompt == 1, "rollout.samples-per-prompt", r.samples_per_prompt, "a record of a file has one response: 1")
 
 
+def _validate_processes(config: RunConfig, check: Callable[[bool, str, Any, str], None]) -> None:
+    d = config.distributed
+    given = [bool(d.coordinator), d.processes != 0, d.process_id != -1]
+    rule = "--distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process-id I go together"
+    check(all(given) or not any(given), "distributed.process-id", d.process_id, rule)
+    if all(given):
+        port = d.coordinator.rpartition(":")[2]
+        listens = ":" in d.coordinator and port.isdigit() and 0 < int(port) < 65536
+        check(listens, "distributed.coordinator", d.coordinator, "must be HOST:PORT")
+        check(d.processes >= 1, "distributed.processes", d.processes, "must be at least 1")
+        check(0 <= d.process_id < d.processes, "distributed.process-id", d.process_id, f"must be between 0 and {d.processes - 1}")
+    check(d.timeout >= 1, "distributed.timeout", d.timeout, "must be at least 1 second")
+    check(d.heartbeat >= 5, "distributed.heartbeat", d.heartbeat, "must be at least 5 seconds")
+    local = "must be a local folder; checkpoints can go to an object store with --train.checkpoints"
+    check("://" not in config.out, "out", config.out, local)
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The resolved run as plain JSON types."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -185,8 +203,8 @@ def from_dict(values: dict[str, Any], kind: type = RunConfig) -> Any:
 
 
 def config_hash(config: RunConfig) -> str:
-    """Short hash of what determines the result: everything but the run directory, `resume` and logging."""
-    d = {k: v for k, v in to_dict(config).items() if k not in ("out", "resume", "log")}
+    """Short hash of what determines the result: everything but the run directory, `resume`, processes and logging."""
+    d = {k: v for k, v in to_dict(config).items() if k not in ("out", "resume", "log", "distributed")}
     return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -11,13 +11,16 @@ from rich.console import Console
 from opsa_jax.analysis.plots import plot_run
 from opsa_jax.config import RunConfig
 from opsa_jax.data.loaders import write_jsonl
-from opsa_jax.errors import UserError
+from opsa_jax.errors import Preempted, UserError
 from opsa_jax.evals.runner import evaluate, results_table
 from opsa_jax.models import hf, lora
 from opsa_jax.models.params import Params
+from opsa_jax.parallel import distributed
+from opsa_jax.recipes import config_hash
 from opsa_jax.training import rundir
-from opsa_jax.training.checkpoint import Checkpoints
+from opsa_jax.training.checkpoint import Checkpoints, check_place, place_of
 from opsa_jax.training.loop import run_updates
+from opsa_jax.training.preempt import Preemption
 from opsa_jax.training.setup import Run, prepare
 from opsa_jax.training.state import student_params
 
@@ -30,28 +33,51 @@ def train(config: RunConfig) -> Path:
 
     Raises:
         UserError: bad input, before anything is written.
+        Preempted: stopped by SIGTERM or a maintenance notice, with everything saved.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    resuming = rundir.check(config)
-    run, state = prepare(config, console.print)
-    folder = Path(config.out) if resuming else rundir.create(config)
-    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
-    before = _evaluate(run, student_params(state, run.frozen), folder, "base", console)
-    if checkpoints.latest is not None:
-        state, place = checkpoints.restore(state)
-        run.prompts.stream.restore(place["stream"])
-        console.print(f"resume   from update {int(state.step)} of {run.total_updates}")
-    state = run_updates(run, state, folder, checkpoints)
-    checkpoints.close()
-    params = student_params(state, run.frozen)
-    if config.export.enabled:
-        export(run, params, folder / "hf", console)
-    after = _evaluate(run, params, folder, "trained", console)
-    if before:
-        rundir.write_json(folder / "results.json", {"base": before, "trained": after})
-        console.print(results_table({"base": before, "trained": after}))
-    console.print(f"plot     {plot_run(folder)}")
+    console = _console()
+    resuming = distributed.from_first("run directory", lambda: _check(config))
+    distributed.check_same("config", config_hash(config), "config")
+    with Preemption() as preemption:
+        run, state = prepare(config, console.print)
+        folder = Path(config.out)
+        if jax.process_index() == 0 and not resuming:
+            rundir.create(config)
+        checkpoints = Checkpoints(place_of(config), config.train.keep)
+        before = _evaluate(run, student_params(state, run.frozen), folder, "base", console, preemption)
+        if checkpoints.latest is not None:
+            state, place = checkpoints.restore(state)
+            run.prompts.stream.restore(place["stream"])
+            console.print(f"resume   from update {int(state.step)} of {run.total_updates}")
+        state = run_updates(run, state, folder, checkpoints, preemption)
+        checkpoints.close()
+        params = student_params(state, run.frozen)
+        if config.export.enabled:
+            export(run, params, folder / "hf", console)
+        after = _evaluate(run, params, folder, "trained", console, preemption)
+    if jax.process_index() == 0:
+        _finish(folder, {"base": before, "trained": after} if before else {}, console)
     return folder
+
+
+def _console() -> Console:
+    """Where the run says what it does: the first process only."""
+    return Console(highlight=False, soft_wrap=True, quiet=jax.process_index() != 0)
+
+
+def _check(config: RunConfig) -> bool:
+    """Run directory and place of the checkpoints; whether there is a run to continue."""
+    resuming = rundir.check(config)
+    check_place(config, resuming)
+    return resuming
+
+
+def _finish(folder: Path, results: dict[str, Any], console: Console) -> None:
+    """Results and plot, once the model is trained."""
+    if results:
+        rundir.write_json(folder / "results.json", results)
+        console.print(results_table(results))
+    console.print(f"plot     {plot_run(folder)}")
 
 
 def export_run(folder: Path, out: Path, dtype: str = "auto") -> None:
@@ -65,31 +91,43 @@ def export_run(folder: Path, out: Path, dtype: str = "auto") -> None:
     if out.exists():
         raise UserError(f"{out} exists; choose another folder with --out")
     run, state = prepare(config)
-    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
+    config = dataclasses.replace(config, out=str(folder))  # where the run is now, if it was moved
+    checkpoints = Checkpoints(place_of(config), config.train.keep)
     state, _ = checkpoints.restore(state)
     checkpoints.close()
     export(run, student_params(state, run.frozen), out, Console(highlight=False))
 
 
-def _evaluate(run: Run, params: Params, folder: Path, name: str, console: Console) -> dict[str, Any]:
-    """Results of the suite, kept in evals/NAME.json so that a resumed run does not measure twice; empty without a suite."""
+def _evaluate(run: Run, params: Params, folder: Path, name: str, console: Console, preemption: Preemption) -> dict[str, Any]:
+    """Results of the suite, kept in evals/NAME.json so that a resumed run does not measure twice; empty without a suite.
+
+    Raises:
+        Preempted: it was time to stop; what was measured of this model so far is measured again after a resume.
+    """
     suite = run.config.evals.suite
     saved = folder / "evals" / f"{name}.json"
     if not suite:
         return {}
-    if saved.is_file():
-        return json.loads(saved.read_text())
+    known = distributed.from_first(f"results of {name}", lambda: json.loads(saved.read_text()) if saved.is_file() else None)
+    if known is not None:
+        return known
     console.print(f"evaluate {name} model: suite {suite}")
+
+    def look(done: int, total: int) -> None:
+        if preemption.due():
+            raise Preempted(f"preempted while the {name} model was evaluated; the same command with --resume goes on from there")
+
     with jax.set_mesh(run.mesh):
-        results, transcripts = evaluate(params, run.student.cfg, run.chat, run.config.evals, seed=run.config.seed)
-    write_jsonl(saved.with_suffix(".jsonl"), transcripts)
-    rundir.write_json(saved, results)
+        results, transcripts = evaluate(params, run.student.cfg, run.chat, run.config.evals, seed=run.config.seed, progress=look)
+    if jax.process_index() == 0:
+        write_jsonl(saved.with_suffix(".jsonl"), transcripts)
+        rundir.write_json(saved, results)
     return results
 
 
 def export(run: Run, params: Params, folder: Path, console: Console) -> None:
     """The trained model as a Hugging Face checkpoint, or its adapter in PEFT's layout. A complete one from before is kept."""
-    if folder.exists():
+    if distributed.from_first(f"export {folder}", folder.exists):
         return
     config, student = run.config, run.student
     dtype = hf.checkpoint_dtype(student.folder) if config.export.dtype == "auto" else config.export.dtype

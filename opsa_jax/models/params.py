@@ -158,6 +158,13 @@ def declare(cfg: DecoderConfig) -> Params:
     )
 
 
+def axis_sizes(cfg: DecoderConfig) -> list[tuple[str, int]]:
+    """(logical axis, size) of every named dimension of the weights, each once."""
+    found: set[tuple[str, int]] = set()
+    map_weights(lambda w: found.update((a, n) for a, n in zip(w.axes, w.shape, strict=True) if a), declare(cfg))
+    return sorted(found)
+
+
 def map_weights(fn, tree, *rest):
     """`jax.tree.map` over declarations."""
     return jax.tree.map(fn, tree, *rest, is_leaf=lambda x: isinstance(x, Weight))

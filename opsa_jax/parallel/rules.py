@@ -27,8 +27,15 @@ def spec(*axes: str | None) -> PartitionSpec:
 
     >>> tuple(spec("embed", "heads", "head_dim"))
     ('fsdp', 'tensor', None)
+
+    Raises:
+        ValueError: two dimensions would be split over one mesh axis, which no layout can do.
     """
-    return PartitionSpec(*(RULES[a] for a in axes))
+    over = [RULES[a] for a in axes]
+    used = [name for rule in over for name in ((rule,) if isinstance(rule, str) else rule or ())]
+    if len(set(used)) != len(used):
+        raise ValueError(f"logical axes {axes} collide: their rules {over} use a mesh axis twice; give one of them another name or rule")
+    return PartitionSpec(*over)
 
 
 def named(mesh: Mesh, *axes: str | None) -> NamedSharding:

@@ -1,24 +1,85 @@
 """Asynchronous checkpoints of the whole run: state, place in the data, and the identity of everything frozen."""
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from opsa_jax.config import RunConfig
 from opsa_jax.errors import UserError
 from opsa_jax.training.state import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-class Checkpoints:
-    """Checkpoints of one run directory. Orbax writes each under a temporary name and renames it, so a kill leaves only whole ones."""
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+_PATIENCE = 60  # seconds that an object store may take to answer
 
-    def __init__(self, folder: Path, keep: int):
+
+def place_of(config: RunConfig) -> str:
+    """Where a run's checkpoints are: an absolute folder or an object-store address.
+
+    Raises:
+        UserError: an address of another kind.
+    """
+    where = config.train.checkpoints
+    scheme, separator, rest = where.partition("://")
+    if not separator:
+        return str((Path(where) if where else Path(config.out) / "checkpoints").absolute())
+    if scheme not in _PACKAGES or not rest.strip("/"):
+        raise UserError(f"--train.checkpoints {where}: must be a folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER")
+    return where.rstrip("/")
+
+
+def check_place(config: RunConfig, resuming: bool) -> None:
+    """Before anything is loaded: checkpoints can be written where the config says, and no other run's are there.
+
+    Raises:
+        UserError: missing package, no permission, no answer, or a place that is taken.
+    """
+    if not config.train.checkpoints:
+        return
+    where, found = place_of(config), []
+    # In a thread: without a network or credentials, the clients of object stores retry for many minutes.
+    thread = threading.Thread(target=lambda: found.append(_probe(where)), daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    error, taken = found[0] if found else (f"no answer within {_PATIENCE} s; check the network and the address", False)
+    if error:
+        raise UserError(f"--train.checkpoints {where} cannot be written: {error}")
+    if taken and not resuming:
+        raise UserError(f"--train.checkpoints {where} holds the checkpoints of another run; choose another place, or --resume that run")
+
+
+def _probe(where: str) -> tuple[str, bool]:
+    """(What keeps us from writing there, whether checkpoints are there)."""
+    try:
+        folder = epath.Path(where)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write"
+        probe.write_text("")
+        probe.unlink()
+        return "", any(p.name.isdigit() for p in folder.iterdir())
+    except ImportError:
+        package = _PACKAGES.get(where.partition("://")[0], "fsspec")
+        return f"it needs the package {package}; install it with: pip install {package}", False
+    except Exception as e:  # each store's client has its own
+        reason = " ".join((getattr(e, "strerror", None) or str(e)).split())[:200]
+        return f"{type(e).__name__}: {reason}; check permission, credentials and address", False
+
+
+class Checkpoints:
+    """Checkpoints of one run. Orbax writes each under a temporary name and renames it (on an object store: marks it when it is
+    complete), so a kill leaves only whole ones. With several processes all make the same calls, and each writes its own shards.
+    """
+
+    def __init__(self, folder: str | Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(epath.Path(folder), options=options)
 
     @property
     def latest(self) -> int | None:
@@ -48,7 +109,8 @@ class Checkpoints:
         try:
             restored = self._manager.restore(self.latest, args=args)
         except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"checkpoint {self.latest} in {self._manager.directory} does not fit this run: {str(e)[:200]}") from None
+            why = " ".join(str(e).split())[:200]
+            raise UserError(f"checkpoint {self.latest} in {self._manager.directory} does not fit this run: {why}") from None
         return restored.state, restored.place
 
     def close(self) -> None:

@@ -2,35 +2,44 @@
 
     next prompts -> rollout -> updates -> metrics of the PREVIOUS rollout -> checkpoint when due (and the metrics up to it)
 
-The host never waits for a step it has just launched: metrics are read one rollout batch late.
+The host never waits for a step it has just launched: metrics are read one rollout batch late. With several processes all run this
+loop and take the same decisions; the first one writes and shows.
 """
 
+import contextlib
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from opsa_jax.data.pipeline import Example
+from opsa_jax.errors import Preempted
 from opsa_jax.evals.scorers import refused
-from opsa_jax.parallel.mesh import local_rows
+from opsa_jax.parallel.mesh import local_rows, whole
 from opsa_jax.recipes import to_dict
 from opsa_jax.rollout.sampler import Rollout
 from opsa_jax.training.checkpoint import Checkpoints
 from opsa_jax.training.clock import DeviceClock
 from opsa_jax.training.display import Display, Sample
 from opsa_jax.training.metrics import MetricWriter, ratios
+from opsa_jax.training.preempt import Preemption
 from opsa_jax.training.setup import Run
 from opsa_jax.training.state import TrainState
 
 
-def run_updates(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoints) -> TrainState:
-    """All updates from `state` to the last one, with a checkpoint at the end. Returns the final state."""
+def run_updates(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoints, preemption: Preemption) -> TrainState:
+    """All updates from `state` to the last one, with a checkpoint at the end. Returns the final state.
+
+    Raises:
+        Preempted: it was time to stop; the updates up to then are saved.
+    """
     config, total = run.config, run.total_updates
     done = int(state.step)
     pending = None
     clock = DeviceClock()
-    writer = MetricWriter(folder, config.log, to_dict(config), start=done)
-    with jax.set_mesh(run.mesh), Display(total, done, config.log.progress) as display:
+    first = jax.process_index() == 0
+    writer = MetricWriter(folder, config.log, to_dict(config), start=done) if first else None
+    with jax.set_mesh(run.mesh), Display(total, done, config.log.progress and first) as display, contextlib.closing(writer or _Nothing()):
         while done < total:
             draws = run.next_draws()
             rollout, batch = run.rollout(state, draws, round_number=done // run.updates_per_rollout)
@@ -42,15 +51,31 @@ def run_updates(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoi
                 launched.append(metrics)
             if pending is not None:
                 _report(run, display, writer, clock, *pending)
-            pending = (done, launched, draws, rollout)
+            pending = (done, launched, draws, _readable(run, rollout))
             done += len(launched)
-            if _save_due(config.train.save_every, done, len(launched), total):
+            stop = preemption.due() and done < total
+            if stop or _save_due(config.train.save_every, done, len(launched), total):
                 # What a checkpoint holds is in metrics.jsonl before it: a run killed after the save resumes without a gap.
                 _report(run, display, writer, clock, *pending)
                 pending = None
                 checkpoints.save(done, state, run.place())
-    writer.close()
+            if stop:
+                checkpoints.close()
+                raise Preempted(f"preempted: update {done} of {total} is saved; the same command with --resume goes on from there")
     return state
+
+
+class _Nothing:
+    """Stands for the writer of the processes that have none."""
+
+    def close(self) -> None:
+        pass
+
+
+def _readable(run: Run, rollout: Rollout) -> Rollout:
+    """The rollout with the responses of all rows on every process (launched, not waited for)."""
+    names = ("response_ids_BR", "response_mask_BR", "finished_B")
+    return rollout.replace(**whole(run.mesh, {name: getattr(rollout, name) for name in names}))
 
 
 def _save_due(every: int, done: int, launched: int, total: int) -> bool:
@@ -58,8 +83,13 @@ def _save_due(every: int, done: int, launched: int, total: int) -> bool:
     return done == total or (every > 0 and done // every > (done - launched) // every)
 
 
-def _report(run: Run, display: Display, writer: MetricWriter, clock: DeviceClock, first: int, launched, draws, rollout: Rollout) -> None:
-    """Read the metrics of one rollout batch (this waits for it) and show them."""
+def _report(
+    run: Run, display: Display, writer: MetricWriter | None, clock: DeviceClock, first: int, launched, draws, rollout: Rollout
+) -> None:
+    """Read the metrics of one rollout batch (this waits for it, on every process) and show them."""
+    if writer is None:
+        clock.take(first)
+        return
     host, texts = jax.device_get(launched), run.texts(rollout)
     mask, finished = local_rows(rollout.response_mask_BR), local_rows(rollout.finished_B)
     seconds = clock.take(first)

@@ -9,7 +9,7 @@ from opsa_jax.errors import UserError
 from opsa_jax.recipes import from_dict, provenance, to_dict
 
 # What may differ between the parts of a resumed run, since it does not change what is computed.
-_FREE = ("out", "resume", "log", "evals", "export", "mesh", "train.save_every", "train.keep")
+_FREE = ("out", "resume", "log", "evals", "export", "mesh", "distributed", "train.save_every", "train.keep", "train.checkpoints")
 
 
 def check(config: RunConfig) -> bool:

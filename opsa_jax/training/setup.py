@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -21,9 +21,9 @@ from opsa_jax.data.records import Record
 from opsa_jax.errors import UserError
 from opsa_jax.models import hf, lora
 from opsa_jax.models.config import DecoderConfig
-from opsa_jax.models.params import Params
+from opsa_jax.models.params import Params, axis_sizes
 from opsa_jax.objectives.objective import needs_reference, needs_scores, needs_teacher
-from opsa_jax.parallel.mesh import batch_shards, local_rows, make_mesh
+from opsa_jax.parallel.mesh import batch_shards, check_mesh, local_rows, make_mesh, own_rows, rows_to_devices
 from opsa_jax.parallel.rules import named
 from opsa_jax.rollout.filters import Sampling
 from opsa_jax.rollout.sampler import Rollout, row_keys, sample
@@ -34,6 +34,8 @@ from opsa_jax.training.state import Frozen, TrainState, frozen_copy, init_state,
 from opsa_jax.training.step import make_update
 from opsa_jax.training.supervision import Artifacts, Contexts
 from opsa_jax.training.views import RolloutBatch, row_order
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Run:
     update: Callable
     """The jitted update of step.py."""
     sample: Callable
-    """The jitted `(state, frozen, prompt_SP, mask_SP, keys_S, sample_index_S, round) -> Rollout`."""
+    """The jitted `(state, frozen, prompt_SP, mask_SP, keys_S, sample_index_S, round, seed) -> Rollout`."""
     score: Callable | None
     """The jitted `(state, frozen, batch) -> batch with scores` of score.py, for objectives that need it."""
     reward: Reward | None
@@ -82,12 +84,20 @@ class Run:
     """What the frozen parts are."""
 
     def next_draws(self) -> list[tuple[Example, int]]:
-        """This process's part of the next rollout batch: each prompt with each sample number, ordered as `views.select` expects."""
+        """The next rollout batch, all of it: each prompt with each sample number, ordered as `views.select` expects."""
         draws = [(e, i) for e in next(self.prompts.stream) for i in range(self.config.rollout.samples_per_prompt)]
         return [draws[i] for i in row_order(len(draws), self.updates_per_rollout, micro_batches(self.config))]
 
+    def own(self, draws: Sequence[T]) -> list[T]:
+        """Those whose rows are on this process's devices."""
+        return [draws[row] for row in own_rows(self.mesh, len(draws))]
+
     def rollout(self, state: TrainState, draws: Sequence[tuple[Example, int]], round_number: int) -> tuple[Rollout, RolloutBatch]:
-        """Responses to this process's draws, by whoever writes them, and what updates need of them (launched, not waited for)."""
+        """Responses to the draws, by whoever writes them, and what updates need of them (launched, not waited for).
+
+        Every process passes all draws and works on its own rows of them.
+        """
+        groups_S, draws = self.own(_groups(draws)), self.own(draws)
         examples, checked, pad = [e for e, _ in draws], self.prompts.checked, self.chat.pad_id
         prompt_SP, mask_SP = self.put(left_pad([e.prompt_ids for e in examples], checked.prompt_width, pad))
         teacher_SQ, teacher_mask_SQ = self.put(left_pad([e.teacher_ids for e in examples], checked.teacher_width, pad))
@@ -96,14 +106,15 @@ class Run:
             np.array([i for _, i in draws], np.int32),
             np.array([e.record.label == "harmful" for e in examples], np.float32),
             np.array([self.prompts.route(e.record) for e in examples], np.int32),
-            self._groups(examples),
+            np.array(groups_S, np.int32),
         ))  # fmt: skip
         writer = self.config.rollout.writer
         if writer == "file":
             rollout = self._given(draws, prompt_SP, mask_SP)
         else:
             prompts = (prompt_SP, mask_SP) if writer == "student" else (teacher_SQ, teacher_mask_SQ)
-            rollout = self.sample(state, self.frozen, *prompts, keys_S, index_S, np.int32(round_number))
+            seed = np.uint32(self.config.seed % 2**32)
+            rollout = self.sample(state, self.frozen, *prompts, keys_S, index_S, np.int32(round_number), seed)
         batch = RolloutBatch(
             student_prompt_SP=prompt_SP,
             student_mask_SP=mask_SP,
@@ -123,12 +134,6 @@ class Run:
         ids_SR, mask_SR = local_rows(rollout.response_ids_BR), local_rows(rollout.response_mask_BR)
         return [self.chat.decode_response(ids[: int(m.sum())]) for ids, m in zip(ids_SR, mask_SR, strict=True)]
 
-    def _groups(self, examples: Sequence[Example]) -> np.ndarray:
-        """Number of each row's prompt in the global rollout batch: unique over processes, which hold equally many prompts."""
-        first = jax.process_index() * (len(examples) // self.config.rollout.samples_per_prompt)
-        numbers: dict[int, int] = {}
-        return np.array([first + numbers.setdefault(id(e), len(numbers)) for e in examples], np.int32)
-
     def _outcomes(self, examples: Sequence[Example], rollout: Rollout) -> np.ndarray:
         """Outcome reward of each response; the one place where the loop waits for a rollout, and only for losses that use it."""
         if self.reward is None:
@@ -145,11 +150,22 @@ class Run:
 
     def put(self, arrays):
         """Host rows of this process -> global arrays split over the batch axes."""
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(named(self.mesh, "batch", *[None] * (x.ndim - 1)), x), arrays)
+        return jax.tree.map(lambda x: rows_to_devices(self.mesh, x, self.sequences), arrays)
+
+    @property
+    def sequences(self) -> int:
+        """Rows of a rollout batch, over all processes."""
+        return self.config.train.prompts_per_rollout * self.config.rollout.samples_per_prompt
 
     def place(self) -> dict[str, Any]:
         """What a checkpoint holds besides the state: where the data is, and what the frozen parts are (they are not stored)."""
         return {"stream": self.prompts.stream.state(), "frozen": self.identity}
+
+
+def _groups(draws: Sequence[tuple[Example, int]]) -> list[int]:
+    """Number of each row's prompt in the rollout batch."""
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(id(e), len(numbers)) for e, _ in draws]
 
 
 def micro_batches(config: RunConfig) -> int:
@@ -168,10 +184,11 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
     """
     metrics.check_extras(config.log)
     mesh = make_mesh(config.mesh)
-    check_batches(config, batch_shards(mesh))
     reward = load_reward(config) if config.objective.policy.advantage == "outcome" and config.objective.loss == "policy" else None
     student = open_checkpoint(config.model, config.model.path)
     others = tuple(open_checkpoint(config.model, path) for path in supervision.teacher_paths(config))
+    micro = config.train.update_batch // micro_batches(config)
+    check_mesh(mesh, [pair for c in (student, *others) for pair in axis_sizes(c.cfg)], micro, "--train.micro-batch")
     contexts, artifacts = supervision.load_contexts(config), supervision.load_artifacts(config, student.cfg)
     chat = Chat.load(str(student.folder), thinking=config.model.thinking)
     prompts = load_prompts(config, chat, student, others, contexts)
@@ -202,7 +219,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
     say(f"model    {config.model.path}: {student.cfg.family}, {student.cfg.n_params:,} weights, {size:,} trained, on {devices}")
     run = Run(
         config=config, mesh=mesh, chat=chat, student=student, prompts=prompts, total_updates=total, updates_per_rollout=per_rollout,
-        frozen=frozen, update=update, sample=make_sampler(config, student.cfg, teacher_cfgs, chat),
+        frozen=frozen, update=update, sample=make_sampler(config, student.cfg, teacher_cfgs, chat, mesh),
         score=score if needs_scores(config.objective) else None, reward=reward, identity=_identity(config, contexts, artifacts),
     )  # fmt: skip
     return run, state
@@ -217,18 +234,6 @@ def _identity(config: RunConfig, contexts: Contexts, artifacts: Artifacts) -> di
         "contexts": contexts.identity,
         **artifacts.identity,
     }
-
-
-def check_batches(config: RunConfig, shards: int) -> None:
-    """Every micro-batch is split over the data and fsdp axes.
-
-    Raises:
-        UserError: a micro-batch that does not divide, with the nearest that does.
-    """
-    micro = config.train.micro_batch or config.train.update_batch
-    if micro % shards:
-        nearest = max(micro // shards, 1) * shards
-        raise UserError(f"--train.micro-batch {micro} does not divide over {shards} shards (data * fsdp); nearest that does: {nearest}")
 
 
 def open_checkpoint(model: ModelConfig, path: str) -> Checkpoint:
@@ -268,10 +273,10 @@ def load_prompts(
     vocabulary = min(c.cfg.vocab_size for c in (student, *teachers))
     rooms = (data.max_prompt_tokens, data.max_teacher_prompt_tokens)
     checked = preflight(chat, teacher_chat, encoded, vocabulary, *rooms, data.long_prompts)
-    stream = Stream(
-        checked.sources, [s.weight for s in data.sources], config.train.prompts_per_rollout, config.seed, data.shuffle,
-        jax.process_index(), jax.process_count(),
-    )  # fmt: skip
+    # Every process takes the whole batch (the examples are in memory) and then its rows of it, so that the batch, and which update a
+    # row belongs to, are the same for any number of processes.
+    weights = [s.weight for s in data.sources]
+    stream = Stream(checked.sources, weights, config.train.prompts_per_rollout, config.seed, data.shuffle)
     return Prompts(stream, checked, bad, route)
 
 
@@ -327,18 +332,18 @@ def load_weights(config: RunConfig, student: Checkpoint, teachers: tuple[Checkpo
     return state, frozen, optimizer
 
 
-def make_sampler(config: RunConfig, cfg: DecoderConfig, teacher_cfgs: tuple[DecoderConfig, ...], chat: Chat) -> Callable:
+def make_sampler(config: RunConfig, cfg: DecoderConfig, teacher_cfgs: tuple[DecoderConfig, ...], chat: Chat, mesh: Mesh) -> Callable:
     """The jitted rollout of the current student, or of the teacher where that writes the responses.
 
-    A response depends on seed, round, example and sample number only.
+    A response depends on seed, round, example and sample number only. The seed is data, so runs that differ in it share a program.
     """
-    sampling, room, seed = Sampling.of(config.rollout), config.rollout.max_new_tokens, config.seed
+    sampling, room = Sampling.of(config.rollout), config.rollout.max_new_tokens
     from_teacher = config.rollout.writer == "teacher"
 
-    def rollout(state: TrainState, frozen: Frozen, prompt_SP, mask_SP, ids_S, index_S, round_number):
+    def rollout(state: TrainState, frozen: Frozen, prompt_SP, mask_SP, ids_S, index_S, round_number, seed):
         keys_S = row_keys(jax.random.key(seed), "rollout", round_number, ids_S, index_S)
         params, arch = (teacher_params(state, frozen)[0], teacher_cfgs[0]) if from_teacher else (student_params(state, frozen), cfg)
         steer_LD = frozen.steer_LD if from_teacher else None
         return sample(params, arch, sampling, chat.stop_ids, room, prompt_SP, mask_SP, keys_S, chat.pad_id, steer_LD)
 
-    return jax.jit(rollout)
+    return jax.jit(rollout, out_shardings=named(mesh, "batch"))

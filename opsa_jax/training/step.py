@@ -76,7 +76,7 @@ def make_update(
         metrics |= {"loss": (loss, unit), "grad_norm": (optax.global_norm(grads), unit), "lr": (learning_rate(state.step), unit)}
         return TrainState(step=state.step + 1, trainable=trainable, opt_state=opt_state, ema=ema), metrics
 
-    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, shardings.step))  # metrics, like the step, whole on every device
 
 
 def _weights(objective: ObjectiveConfig, rows: RolloutBatch) -> jax.Array:
