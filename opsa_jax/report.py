@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
@@ -39,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(ReportConfig, None, argv, "python -m opsa_jax.report", DESCRIPTION)
     from opsa_jax.analysis.html import write_report
 
-    print(write_report(config))
+    figures = Path(config.figures) if config.figures else None
+    print(write_report(config.runs, Path(config.out), config.title, config.transcripts, config.safety, figures))
     return 0
 
 

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -19,9 +19,6 @@ from opsa_jax.analysis import figures, report_data
 from opsa_jax.analysis.report_data import Inputs, RunData, harmful_completion
 from opsa_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from opsa_jax.report import ReportConfig
-
 TEMPLATES = Path(__file__).parent / "templates"
 _DARK = """{ --bg: #12161b; --panel: #1a2027; --fg: #e5e9ee; --soft: #9aa5b1; --line: #303841; --grid: #262d35;
   --base: #98a2ae; --teacher: #f28a3d; --trained: #58b0ea; --third: #3fc19a; --good: #4ac79f; --bad: #ff8a80; --heat: 240 110 50;
@@ -29,19 +26,26 @@ _DARK = """{ --bg: #12161b; --panel: #1a2027; --fg: #e5e9ee; --soft: #9aa5b1; --
 _MOST_PAIRS = 12
 
 
-def write_report(config: "ReportConfig") -> str:
+def write_report(
+    runs: Sequence[str], out: Path, title: str, transcripts: int, safety: Sequence[str], figures_to: Path | None = None
+) -> str:
     """Write the page; returns a line that says where it is.
+
+    Args:
+        runs: folders of runs, comparisons and context searches.
+        transcripts: shown per metric and run.
+        safety: attack metrics of the safety axis.
+        figures_to: folder for the trade-off as PNG, SVG, CSV and JSON; None for none.
 
     Raises:
         UserError: bad input, before anything is written.
     """
-    if config.transcripts < 0:
-        raise UserError(f"--transcripts {config.transcripts}: must be 0 or above")
-    inputs = report_data.load(config.runs)
-    out = Path(config.out)
-    page = render(inputs, config.title, config.transcripts, config.safety)
+    if transcripts < 0:
+        raise UserError(f"--transcripts {transcripts}: must be 0 or above")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name the file to write, for example {out / 'report.html'}")
+    inputs = report_data.load(runs)
+    page = render(inputs, title, transcripts, safety)
     temporary = out.with_name(out.name + ".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,10 +53,10 @@ def write_report(config: "ReportConfig") -> str:
         temporary.replace(out)
     except OSError as e:
         raise UserError(f"{out} cannot be written: {e.strerror}; choose another file with --out") from None
-    if config.figures:
+    if figures_to:
         from opsa_jax.analysis.analysis_plots import plot_places
 
-        plot_places(figures.places(inputs.runs, inputs.comparisons, config.safety), Path(config.figures))
+        plot_places(figures.places(inputs.runs, inputs.comparisons, safety), figures_to)
     return f"report   {out} ({len(page.encode()) / 1024:.0f} KiB, {len(inputs.runs)} runs)"
 
 

@@ -78,17 +78,18 @@ def load(folders: Sequence[str]) -> Inputs:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ.
+    """Of each path the shortest end that no other has.
 
-    >>> _names([Path("runs/a"), Path("runs/b")]), _names([Path("a/run"), Path("b/run")])
-    (['a', 'b'], ['a/run', 'b/run'])
+    >>> _names([Path("runs/a"), Path("runs/b")]), _names([Path("a/run"), Path("b/run"), Path("c")])
+    (['a', 'b'], ['a/run', 'b/run', 'c'])
     """
-    folders = [f.resolve() if f.name in ("", ".", "..") else f for f in folders]
-    for depth in range(1, max((len(f.parts) for f in folders), default=1) + 1):
-        names = ["/".join(f.parts[-depth:]) for f in folders]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name} ({i + 1})" for i, name in enumerate(names)]
+    paths = [(f.resolve() if f.name in ("", ".", "..") else f).parts for f in folders]
+    names = []
+    for i, own in enumerate(paths):
+        others = paths[:i] + paths[i + 1 :]
+        depth = next((d for d in range(1, len(own) + 1) if all(o[-d:] != own[-d:] for o in others)), None)
+        names.append("/".join(own[-depth:]) if depth else f"{'/'.join(own)} ({i + 1})")
+    return names
 
 
 def load_run(folder: Path, name: str) -> RunData:
