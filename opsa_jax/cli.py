@@ -29,6 +29,9 @@ COMMANDS = {
     "report": "one HTML page of a run, or of several",
     "compare": "run recipes over seeds and bases, and draw the safety trade-off",
 }
+_CODES = """\
+exit codes: 0 done; 2 bad input; 69 another process of the run did not join or died; 75 preempted and saved (the same command with
+--resume goes on); 130 interrupted"""
 T = TypeVar("T")
 _TITLES = "Unrecognized options|Value error|Invalid choice|Missing argument|Required options|Parsing error"
 
@@ -90,7 +93,7 @@ def main() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         lines = "\n".join(f"  {command:10s} {text}" for command, text in COMMANDS.items())
-        print(f"usage: opsa <command> [options]     (opsa <command> --help for its options)\n\n{lines}")
+        print(f"usage: opsa <command> [options]     (opsa <command> --help for its options)\n\n{lines}\n\n{_CODES}")
         return 0
     if name not in COMMANDS:
         print(f"opsa: error: no command {name!r}{did_you_mean(name, COMMANDS)}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def train(config: RunConfig) -> Path:
         folder = Path(config.out)
         if jax.process_index() == 0 and not resuming:
             rundir.create(config)
+        _check_shared(config)
         checkpoints = Checkpoints(place_of(config), config.train.keep)
         before = _evaluate(run, student_params(state, run.frozen), folder, "base", console, preemption)
         if checkpoints.latest is not None:
@@ -70,6 +72,25 @@ def _check(config: RunConfig) -> bool:
     resuming = rundir.check(config)
     check_place(config, resuming)
     return resuming
+
+
+def _check_shared(config: RunConfig) -> None:
+    """Every process writes its part of a checkpoint, so all must see the folder.
+
+    Raises:
+        UserError: this process does not, although the first one has made it.
+    """
+    place = place_of(config)
+    distributed.from_first("made", lambda: True)  # not before the first process has made it
+    sign = Path(place) if config.train.checkpoints else Path(config.out) / "config.json"
+    for _ in range(10):  # network file systems may show new files late
+        if "://" in place or sign.exists():
+            return
+        time.sleep(1)
+    raise UserError(
+        f"process {jax.process_index()} does not see {sign}, which process 0 has made: processes on several machines need a shared "
+        "folder or an object store for checkpoints (--train.checkpoints gs://BUCKET/FOLDER)"
+    )
 
 
 def _finish(folder: Path, results: dict[str, Any], console: Console) -> None:

@@ -207,6 +207,9 @@ def _fail(e: BaseException, process: int, cfg: DistributedConfig) -> None:
             time.sleep(3 * _POLL)  # the others read it while the coordinator, which is this process, still answers
     # Leaving in the ordinary way would wait for the others at a barrier that they may never reach.
     atexit.register(_leave, code)
+    late = threading.Timer(30, _leave, (code,))  # threads that wait for other processes, as saves do, hold up even that
+    late.daemon = True
+    late.start()
 
 
 def _leave(code: int) -> None:
