@@ -45,7 +45,7 @@ def train(config: RunConfig) -> Path:
         if jax.process_index() == 0 and not resuming:
             rundir.create(config)
         _check_shared(config)
-        checkpoints = Checkpoints(place_of(config), config.train.keep)
+        checkpoints = Checkpoints(place_of(config), config.train.keep, Path(config.out) / "checkpoints")
         before = _evaluate(run, student_params(state, run.frozen), folder, "base", console, preemption)
         if checkpoints.latest is not None:
             state, place = checkpoints.restore(state)
@@ -82,9 +82,9 @@ def _check_shared(config: RunConfig) -> None:
     """
     place = place_of(config)
     distributed.from_first("made", lambda: True)  # not before the first process has made it
-    sign = Path(place) if config.train.checkpoints else Path(config.out) / "config.json"
+    sign = Path(place) if config.train.checkpoints and "://" not in place else Path(config.out) / "config.json"
     for _ in range(10):  # network file systems may show new files late
-        if "://" in place or sign.exists():
+        if place.startswith("gs://") or sign.exists():
             return
         time.sleep(1)
     raise UserError(
@@ -113,7 +113,7 @@ def export_run(folder: Path, out: Path, dtype: str = "auto") -> None:
         raise UserError(f"{out} exists; choose another folder with --out")
     run, state = prepare(config)
     config = dataclasses.replace(config, out=str(folder))  # where the run is now, if it was moved
-    checkpoints = Checkpoints(place_of(config), config.train.keep)
+    checkpoints = Checkpoints(place_of(config), config.train.keep, Path(config.out) / "checkpoints")
     state, _ = checkpoints.restore(state)
     checkpoints.close()
     export(run, student_params(state, run.frozen), out, Console(highlight=False))

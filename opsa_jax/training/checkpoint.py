@@ -11,12 +11,14 @@ from etils import epath
 
 from opsa_jax.config import RunConfig
 from opsa_jax.errors import UserError
+from opsa_jax.parallel import distributed
+from opsa_jax.training.mirror import Mirror
 from opsa_jax.training.state import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # extras gcs and s3
 _PATIENCE = 60  # seconds that an object store may take to answer
 
 
@@ -77,9 +79,24 @@ class Checkpoints:
     complete), so a kill leaves only whole ones. With several processes all make the same calls, and each writes its own shards.
     """
 
-    def __init__(self, folder: str | Path, keep: int):
+    def __init__(self, place: str | Path, keep: int, staging: str | Path | None = None):
+        """
+        Args:
+            place: a folder, or gs://BUCKET/FOLDER, which Orbax writes to; or s3://BUCKET/FOLDER, which it does not: checkpoints are
+                then staged in a folder and copied (mirror.py).
+            keep: how many to keep.
+            staging: that folder.
+        """
+        self._mirror, self._copied = None, str(place).startswith("s3://")
+        if self._copied:
+            folder = Path(staging).absolute()
+            if jax.process_index() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._mirror = Mirror(folder, str(place))
+            distributed.from_first("fetched", lambda: self._mirror.fetch())
+            place = folder
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(epath.Path(folder), options=options)
+        self._manager = ocp.CheckpointManager(epath.Path(place), options=options)
 
     @property
     def latest(self) -> int | None:
@@ -93,8 +110,13 @@ class Checkpoints:
             step: updates done.
             place: what else is needed to go on: the data iterator's state and the identities of teacher and contexts (JSON types).
         """
-        if step != self.latest:
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), place=ocp.args.JsonSave(place)))
+        if step == self.latest:
+            return
+        if self._mirror:
+            self._mirror.wait()
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), place=ocp.args.JsonSave(place)))
+        if self._mirror:
+            self._mirror.send(step, self._manager.wait_until_finished)
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint, onto the shardings of `state`.
@@ -116,4 +138,6 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for saves under way."""
         self._manager.wait_until_finished()
+        if self._copied:  # the other processes wait as well
+            distributed.from_first(f"copied {self.latest}", lambda: self._mirror.wait())
         self._manager.close()

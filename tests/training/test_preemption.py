@@ -197,6 +197,47 @@ def test_object_stores_name_their_package(tmp_path, monkeypatch, place, package)
         train(config)
 
 
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A stand-in for S3: s3:// addresses are files below a folder, through the same interface of files (fsspec)."""
+    import fsspec
+    from etils import epath
+    from fsspec.implementations.dirfs import DirFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+
+    class Store(DirFileSystem):
+        def _join(self, path):
+            strip = lambda p: p.removeprefix("s3://").strip("/")  # noqa: E731
+            return super()._join([strip(p) for p in path] if isinstance(path, list) else strip(path))
+
+    root = tmp_path / "s3"
+    root.mkdir()
+    store = Store(str(root), LocalFileSystem(auto_mkdir=True))
+    real = fsspec.filesystem
+    monkeypatch.setattr(fsspec, "filesystem", lambda name, **kwargs: store if name == "s3" else real(name, **kwargs))
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    yield root / "bucket" / "run"
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_checkpoints_on_s3(tmp_path, straight, bucket, monkeypatch):
+    """Preempted on one machine, resumed on another that has the run directory without its checkpoints."""
+    config = config_of(straight.parent, tmp_path / "run")
+    settings = dataclasses.replace(config.train, checkpoints="s3://bucket/run", save_every=2, keep=1)
+    config = dataclasses.replace(config, train=settings)
+    with monkeypatch.context() as m:
+        in_update(m)
+        with pytest.raises(Preempted, match="update 4 of 6 is saved"):
+            train(config)
+    assert [p.name for p in bucket.iterdir()] == ["4"] and (bucket / "4" / "COMPLETE").is_file()
+    (bucket / "5").mkdir()  # cut short: it does not count
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert same(train(dataclasses.replace(config, resume=True)), straight)
+    assert sorted(p.name for p in bucket.iterdir() if (p / "COMPLETE").exists()) == ["6"]
+    with pytest.raises(UserError, match="holds the checkpoints of another run"):
+        train(dataclasses.replace(config, out=str(tmp_path / "second")))
+
+
 def test_no_permission_is_one_line(tmp_path, monkeypatch):
     from etils import epath
 
