@@ -14,7 +14,7 @@ import pytest
 from report_page import HOSTILE, Page, cell, make_run, write
 
 from opsa_jax import report
-from opsa_jax.analysis import charts, differences, report_data
+from opsa_jax.analysis import charts, differences, plots, report_data
 from opsa_jax.cli import entry
 from opsa_jax.evals.scorers import wilson
 
@@ -240,6 +240,23 @@ def test_sampled_transcripts_are_half_changed_and_repeat(tmp_path):
     assert first == second and (first["changed"], first["total"], len(first["rows"])) == (16, 20, 6)
     changed = [r["answers"]["base"]["outcome"] != r["answers"]["trained"]["outcome"] for r in first["rows"]]
     assert all(changed[:3]) and len({r["id"] for r in first["rows"]}) == 6
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_a_run_without_a_teacher_shows_its_loss(tmp_path, distilled, monkeypatch):
+    run, titles = make_run(tmp_path / "run", analysis=False), []
+    if not distilled:
+        rows = [{"step": i, "loss": 1 / i, "response_tokens": 9.0} for i in range(1, 5)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda fig, *a: (titles.append([ax.get_title() for ax in fig.axes]), save(fig, *a)))
+    plots.plot_run(run)
+    plots.plot_training(run, tmp_path)
+    assert [t[:2] for t in titles] == [["Distillation", "Rollouts that refuse"] if distilled else ["Loss", "Length of responses"]] * 2
+    assert {"plot.png", "plot.svg"} <= {p.name for p in run.iterdir()}
+    assert (tmp_path / "training.csv").read_text().startswith("step,loss")
+    _, found = page_of(tmp_path, run)
+    assert ("Distillation" in found.under("figcaption")) == distilled and "Loss" in found.under("figcaption")
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-3.2, 7.9), (0, 1e-4), (1, 1), (0, 12345)])
