@@ -33,13 +33,15 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"so \boxed{1}, no: \boxed{\frac{1}{2}}. \boxed{3")
     '\\frac{1}{2}'
     """
-    for start in reversed([m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
-        depth = 1
-        for m in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(m.group(), 0)
-            if depth == 0:
-                return text[start : start + m.start()].strip()
-    return None
+    opened: list[int] = []
+    """Starts of the contents of open boxes; -1 for other braces."""
+    found = -1, -1
+    for m in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.DOTALL):
+        if m.group().endswith("{") and m.group() != "\\{":
+            opened.append(m.end() if len(m.group()) > 1 else -1)
+        elif m.group() == "}" and opened:
+            found = max(found, (opened.pop(), m.start()))
+    return text[found[0] : found[1]].strip() if found[0] >= 0 else None
 
 
 def gsm8k_answer(text: str, mode: Literal["flexible", "strict"] = "flexible") -> str | None:
