@@ -59,7 +59,8 @@ done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if ! $dry_run; then
   command -v nvidia-smi >/dev/null || fail "nvidia-smi is not there: no NVIDIA driver; without a GPU run python -m opsa_jax.train itself"
-  found=$(nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv,noheader 2>&1) || fail "nvidia-smi finds no GPU: ${found//$'\n'/ }"
+  query=(nvidia-smi '--query-gpu=index,name,memory.total,driver_version' '--format=csv,noheader')
+  found=$("${query[@]}" 2>&1) || fail "nvidia-smi finds no GPU: ${found//$'\n'/ }"
   echo "$found" >&2
   for gpu in ${gpus//,/ }; do
     grep -q "^$gpu," <<<"$found" || fail "there is no GPU $gpu; there are: $(cut -d, -f1 <<<"$found" | paste -sd,)"
@@ -71,7 +72,8 @@ fi
 if $install; then
   if [[ ! -x $venv/bin/python ]]; then
     python=python3
-    $dry_run || "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed, this is $("$python" --version)"
+    $dry_run || "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+      fail "Python 3.11 or newer is needed, this is $("$python" --version)"
     step "$python" -m venv "$venv"
   fi
   step "$venv/bin/python" -m pip install --quiet "${packages[@]}"

@@ -151,7 +151,9 @@ wait_for() { # wait_for tpu-vm|queued-resources FORMAT STATE
     state=$(state_of "$1" "$2")
     case $state in
       "$3") return ;;
-      "" | ABSENT | PREEMPTED | TERMINATED | STOPPED | FAILED | SUSPENDED) fail "$1 $name is $state; see gcloud compute tpus $1 describe $name" ;;
+      "" | ABSENT | PREEMPTED | TERMINATED | STOPPED | FAILED | SUSPENDED)
+        fail "$1 $name is $state; see gcloud compute tpus $1 describe $name"
+        ;;
     esac
     note "$1 $name is $state"
     sleep "$poll"
@@ -164,7 +166,8 @@ install() {
     tpu tpu-vm ssh "$name" --quiet --worker=all "--command=$checkout && git checkout --quiet ${ref@Q}"
   else
     local archive=${TMPDIR:-/tmp}/opsa_jax-$name.tgz
-    local leave=(--exclude=./.git --exclude=.venv --exclude=./runs --exclude=./.launch --exclude=__pycache__ '--exclude=.*_cache' '--exclude=*.egg-info')
+    local leave=(--exclude=./.git --exclude=.venv --exclude=./runs --exclude=./.launch --exclude=__pycache__)
+    leave+=('--exclude=.*_cache' '--exclude=*.egg-info')
     step tar -C "$root" "${leave[@]}" -czf "$archive" .
     tpu tpu-vm scp "$archive" "$name:opsa_jax.tgz" --quiet --worker=all
     step rm -f "$archive"
@@ -280,7 +283,10 @@ check() {
   [[ -z $bucket || $bucket =~ ^gs://[a-z0-9][a-z0-9._-]+(/[A-Za-z0-9._/-]+)?$ ]] || fail "--bucket $bucket must be gs://BUCKET/FOLDER"
   [[ $max_restarts =~ ^[0-9]+$ ]] || fail "--max-restarts $max_restarts must be a number"
   for flag in "${train[@]}"; do
-    case $flag in --out | --out=* | --resume | --train.checkpoints*) fail "leave $flag out after --: --out and --bucket before it do that" ;; esac
+    case $flag in --out | --out=* | --resume | --train.checkpoints*)
+      fail "leave $flag out after --: --out and --bucket before it do that"
+      ;;
+    esac
   done
   [[ -n $name ]] || fail "--name is missing: the slice's name"
   [[ $name =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] || fail "--name $name must be lower-case letters, digits and -, and start with a letter"
