@@ -36,7 +36,7 @@ def per_token_normalised(statistics, mask_SR):
     x = np.clip(differences(statistics, mask_SR), -3, 5) + 0.02
     out = np.zeros_like(x)
     for g in set(GROUP):
-        chosen = (GROUP == g)[:, None] & (mask_SR > 0)
+        chosen = (g == GROUP)[:, None] & (mask_SR > 0)
         out[chosen] = (x[chosen] - x[chosen].mean()) / (x[chosen].std() + 1e-6)
     return out
 
