@@ -60,6 +60,8 @@ class EvaluateConfig:
     """Tasks of lm-eval to run as well (extra: eval), separated by commas: names such as ifeval, or .yaml files."""
     leakage: tuple[str, ...] = ()
     """Do not evaluate: look for prompts of the suite in these training files (as in --data.sources of training)."""
+    leakage_field: str = "prompt"
+    """Field of the training files with the user's text."""
     show_list: Annotated[bool, tyro.conf.arg(name="list")] = False
     """Do not evaluate: print the benchmarks with source, license, size and metric."""
     evals: tyro.conf.OmitArgPrefixes[EvalConfig] = field(

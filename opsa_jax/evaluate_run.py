@@ -27,7 +27,7 @@ from opsa_jax.evals.generation import Memory, Subject
 from opsa_jax.evals.guards import load_guard
 from opsa_jax.evals.rubric import EndpointJudge
 from opsa_jax.evals.runner import results_table
-from opsa_jax.evals.scorers import refusal_list
+from opsa_jax.evals.scorers import refusal_list, wilson
 from opsa_jax.evals.summary import summarise_rows
 from opsa_jax.evals.verdicts import JudgeSpec, agreements, judge_rows, parse_judges, phrase_judge
 from opsa_jax.models import hf
@@ -96,13 +96,13 @@ def _plan(config, console: Console) -> tuple[list[JudgeSpec], list[Record]]:
     if config.maths == "math-verify" and verifier_name() != "math-verify":
         raise UserError("--maths math-verify: the package is not installed; pip install 'opsa_jax[eval]', or --maths plain")
     evals = config.evals
-    records = load(evals.suite, evals.data_dir, evals.limit, config.missing, config.choice, console.print)
+    records = load(evals.suite, evals.data_dir, evals.limit, config.missing, config.choice, _teller(console))
     coded = sorted({r.extra["benchmark"] for r in records if r.extra["scorer"] == "code"})
     if coded and not config.allow_code_execution:
         how = f"{', '.join(coded)}: runs code that the model wrote; allow it with --allow-code-execution"
         if config.missing == "error":
             raise UserError(f"{how}, or leave it out of --suite")
-        console.print(f"left out: {how}")
+        _teller(console)(f"left out: {how}")
         records = [r for r in records if r.extra["scorer"] != "code"]
     if coded and config.allow_code_execution:
         execution.check_supported()
@@ -112,6 +112,11 @@ def _plan(config, console: Console) -> tuple[list[JudgeSpec], list[Record]]:
         if spec.kind == "endpoint":
             Endpoint(config.endpoint)
     return specs, records
+
+
+def _teller(console: Console):
+    """Prints a line as one line, however long."""
+    return lambda line: console.print(line, soft_wrap=True, markup=False)
 
 
 def _settings(config, context: str) -> dict[str, Any]:
@@ -188,8 +193,12 @@ class _Lazy:
         return self._judge.judge(answers, progress)
 
 
+# lm-eval's means of zeros and ones.
+_SHARES = ("acc", "acc_norm", "exact_match", "prompt_level_strict_acc", "prompt_level_loose_acc")
+
+
 def _lm_eval(config, subject: Subject, console: Console) -> dict[str, Any]:
-    """Cells of lm-eval's tasks; values that are no proportions get the interval lm-eval gives, if any."""
+    """Cells of lm-eval's tasks: Wilson intervals of shares, and 1.96 of lm-eval's standard errors where it gives any otherwise."""
     from opsa_jax.evals.harness import make_lm, run_tasks
 
     room = config.evals.max_new_tokens or 1024
@@ -205,29 +214,32 @@ def _lm_eval(config, subject: Subject, console: Console) -> dict[str, Any]:
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
             spread = 1.96 * error if isinstance(error, int | float) else 0.0
-            cells[f"lm_eval:{task}:{key}"] = {"rate": float(value), "n": n, "low": value - spread, "high": value + spread}
+            low, high = wilson(value * n, n) if metric in _SHARES and 0 <= value <= 1 else (value - spread, value + spread)
+            cells[f"lm_eval:{task}:{key}"] = {"rate": float(value), "n": n, "low": low, "high": high}
     return cells
 
 
 @contextmanager
 def _meter(console: Console, title: str) -> Iterator[Any]:
     """A progress bar with the time left on a terminal; elsewhere a line on stderr every half minute."""
-    start = last = time.monotonic()
     if console.is_terminal:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(title, total=None)
             yield lambda done, total, what: bar.update(task, completed=done, total=total, description=f"{title} {what}".strip())
         return
-    first: list[int] = []
+    first: tuple[float, int] | None = None
+    last = 0.0
 
     def line(done: int, total: int, what: str) -> None:
-        nonlocal last
-        first.append(done) if not first else None
-        if (now := time.monotonic()) - last < 30:
+        nonlocal first, last
+        now = time.monotonic()
+        if first is None:  # compilation is over: from here on speed means something
+            first, last = (now, done), now
+        if now - last < 30 or done == first[1]:
             return
         last = now
-        left = (now - start) / max(done - first[0], 1) * (total - done)
+        left = (now - first[0]) / (done - first[1]) * (total - done)
         print(f"{title}: {done} of {total}, {what}, about {left:.0f} s left".replace(", ,", ","), file=sys.stderr, flush=True)
 
     yield line
@@ -249,18 +261,18 @@ def agreement_table(rows: Sequence[dict[str, Any]]) -> Table:
 def show_benchmarks() -> None:
     """The registry, one benchmark a row."""
     table = Table(title="benchmarks (--suite NAME, NAME:SUBSET, NAME=FILE or a group)", title_justify="left")
-    for name in ("name", "group", "prompts", "metric", "license"):
+    for name in ("name", "group", "prompts", "license"):
         table.add_column(name, overflow="fold")
     for b in BENCHMARKS.values():
-        table.add_row(b.name, b.group or "-", str(b.size or "?"), b.metric, b.license)
-    table.add_row("sandbox", "-", "", "asr_*, over_refusal, capability", "Apache-2.0 (embedded)")
+        table.add_row(b.name, b.group or "-", str(b.size or "?"), b.license)
+    table.add_row("sandbox", "-", "", "Apache-2.0 (embedded)")
     console = Console(highlight=False)
     console.print(table)
     for b in BENCHMARKS.values():
         gated = ", gated" if b.gated else ""
         note = f" ({b.note})" if b.note else ""
-        lines = f"{b.name}: {b.title}{note}", f"  {b.url}", f"  hub: {b.hub}, split {b.split}{gated}; file: {' + '.join(b.files[0])}"
-        console.print("\n".join(lines), soft_wrap=True)
+        console.print(f"{b.name}: {b.title}{note}\n  metric {b.metric}; {b.url}", soft_wrap=True)
+        console.print(f"  hub: {b.hub}, split {b.split}{gated}; file: {' + '.join(b.files[0])}", soft_wrap=True)
     console.print("IFEval and all other tasks of lm-eval: --lm-eval ifeval", soft_wrap=True)
 
 
@@ -270,8 +282,9 @@ def check_leakage(config) -> dict[str, Any]:
     out = Path(config.out) / "leakage.jsonl"
     if config.out and out.exists():
         raise UserError(f"{out} exists; choose another folder with --out")
-    records = load(config.evals.suite, config.evals.data_dir, config.evals.limit, config.missing, config.choice, console.print)
-    training = [r for path in config.leakage for r in load_source(SourceConfig(path=path, label="benign"))[0]]
+    records = load(config.evals.suite, config.evals.data_dir, config.evals.limit, config.missing, config.choice, _teller(console))
+    sources = [SourceConfig(path=path, label="benign", prompt_field=config.leakage_field) for path in config.leakage]
+    training = [r for source in sources for r in load_source(source)[0]]
     leaks = leakage.find_leaks(training, records)
     rows = leakage.summary(leaks, records)
     table = Table(title=f"evaluation prompts found in {len(training)} training prompts", title_justify="left")

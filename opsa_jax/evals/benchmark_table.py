@@ -19,7 +19,7 @@ class Benchmark:
     group: Literal["safety", "overrefusal", "capability", ""]
     """The group of `--suite` it belongs to; empty where it is asked for by name only."""
     hub: str
-    """Name on the Hugging Face hub, with its configuration."""
+    """Name on the Hugging Face hub, with its configuration; with several (`a+b`), each is a subtype."""
     split: str
     url: str
     """Where it comes from."""
@@ -66,7 +66,7 @@ STEM = (
 
 _HARMBENCH = {
     "prompt": ("Behavior", "prompt", "behavior"), "context": ("ContextString", "context"),
-    "subtype": ("FunctionalCategory", "config", "category"), "category": ("SemanticCategory", "category"), "id": ("BehaviorID",),
+    "subtype": ("FunctionalCategory",), "category": ("SemanticCategory", "category"), "id": ("BehaviorID",),
 }  # fmt: skip
 _WILD = {"prompt": ("adversarial", "prompt"), "subtype": ("data_type",), "kind": ("data_type",)}
 _MATHS = {"prompt": ("problem", "question", "Problem"), "answer": ("answer", "Answer"), "id": ("unique_id", "ID", "id")}
@@ -81,7 +81,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             {"prompt": ("goal", "prompt"), "target": ("target",)}, "request", "harmful", gated=True,
         ),
         Benchmark(
-            "harmbench", "HarmBench text behaviours", "safety", "walledai/HarmBench:standard", "train",
+            "harmbench", "HarmBench text behaviours", "safety", "walledai/HarmBench:standard+contextual+copyright", "train",
             "https://github.com/centerforaisafety/HarmBench/tree/main/data/behavior_datasets", "MIT", 400,
             (
                 ("harmbench/harmbench_behaviors_text_all.csv",), ("harmbench_behaviors_text_all.csv",),
@@ -89,7 +89,7 @@ BENCHMARKS: dict[str, Benchmark] = {
                 ("harmbench_behaviors_text_test.csv", "harmbench_behaviors_text_val.csv"), ("harmbench.jsonl",),
             ),
             _HARMBENCH, "request", "harmful", gated=True,
-            note="subsets standard, contextual, copyright; the hub mirror's default configuration has only the 200 standard ones",
+            note="subsets standard, contextual, copyright",
         ),
         Benchmark(
             "harmbench_val", "HarmBench validation behaviours, to choose checkpoints on", "", "walledai/HarmBench:standard", "train",
@@ -142,6 +142,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "https://huggingface.co/datasets/declare-lab/HarmfulQA", "Apache-2.0", 1960,
             (("harmfulqa/data_for_hub.jsonl",), ("harmfulqa.jsonl",)),
             {"prompt": ("question",), "category": ("topic",), "id": ("id",)}, "request", "harmful",
+            note="the hub's file is one JSON list: save it as JSON lines",
         ),
         Benchmark(
             "xstest", "XSTest, safe prompts", "overrefusal", "walledai/XSTest", "test",

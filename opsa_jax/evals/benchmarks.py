@@ -162,7 +162,7 @@ def read(benchmark: Benchmark, where: str = "", choice: str = "auto", one_file: 
     records: list[Record] = []
     seen: set[str] = set()
     kinds: set[str] = set()
-    for table in _tables(benchmark, where, one_file):
+    for table, subtype in _tables(benchmark, where, one_file):
         for i in range(len(table)):
             place = f"{benchmark.name}: {table.name}, {table.unit} {table.line(i)}"
             try:
@@ -170,6 +170,7 @@ def read(benchmark: Benchmark, where: str = "", choice: str = "auto", one_file: 
                 if i == 0:
                     _check_columns(benchmark, table.name, row)
                 values = {role: _first(row, names) for role, names in benchmark.columns.items()}
+                values["subtype"] = subtype or values.get("subtype")
                 if any(plain(values[role]) not in allowed for role, allowed in benchmark.where.items()):
                     kinds.update(str(plain(values[role])) for role in benchmark.where)
                     continue
@@ -189,15 +190,16 @@ def read(benchmark: Benchmark, where: str = "", choice: str = "auto", one_file: 
     return records
 
 
-def _tables(benchmark: Benchmark, where: str, one_file: bool) -> Iterator[Table]:
+def _tables(benchmark: Benchmark, where: str, one_file: bool) -> Iterator[tuple[Table, str]]:
+    """Tables, each with the subtype of all its rows where that is not a column."""
     if one_file:
         scheme, _, name = where.partition(":")
         if scheme == "hf":
-            yield from (open_table(p) for p in _hub(benchmark, name))
+            yield from _hub(benchmark, name)
         elif scheme == "tfds":
-            yield Tfds(name, benchmark.split)
+            yield Tfds(name, benchmark.split), ""
         else:
-            yield open_table(Path(where).expanduser())
+            yield open_table(Path(where).expanduser()), ""
         return
     if where:
         folder = Path(where).expanduser()
@@ -205,16 +207,20 @@ def _tables(benchmark: Benchmark, where: str, one_file: bool) -> Iterator[Table]
             raise UserError(f"--data-dir {where!r} is no folder")
         for names in benchmark.files:
             if all((folder / n).is_file() for n in names):
-                yield from (open_table(folder / n) for n in names)
+                yield from ((open_table(folder / n), "") for n in names)
                 return
         wanted = " or ".join(" with ".join(names) for names in benchmark.files[:2])
         raise Missing(f"{benchmark.name} is not in {where}: it needs {wanted}; {how_to_get(benchmark)}")
-    yield from (open_table(p) for p in _hub(benchmark, benchmark.hub))
+    yield from _hub(benchmark, benchmark.hub)
 
 
-def _hub(benchmark: Benchmark, name: str) -> list[Path]:
+def _hub(benchmark: Benchmark, name: str) -> Iterator[tuple[Table, str]]:
+    name, _, config = name.partition(":")
+    several = config.split("+") if "+" in config else []
     try:
-        return split_files(name, benchmark.split)
+        for part in several or [config]:
+            found = split_files(f"{name}:{part}" if part else name, benchmark.split)
+            yield from ((open_table(path), part if several else "") for path in found)
     except UserError as e:
         raise Missing(f"{benchmark.name}: {e}; or {how_to_get(benchmark)}") from None
 

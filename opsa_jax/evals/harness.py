@@ -212,7 +212,7 @@ def run_tasks(lm: Any, tasks: str, limit: int = 0, chat_template: bool = True, f
         raise UserError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them, and a .yaml file is one of your own")
     try:
         return lm_eval.simple_evaluate(
-            lm, tasks=names, task_manager=manager, limit=limit or None, apply_chat_template=chat_template, bootstrap_iters=0,
+            lm, tasks=names, task_manager=manager, limit=limit or None, apply_chat_template=chat_template, bootstrap_iters=100,
             num_fewshot=None if fewshot < 0 else fewshot, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
             fewshot_random_seed=seed,
         )  # fmt: skip

@@ -36,13 +36,14 @@ def evaluate(
     Returns:
         Results by metric, and one transcript per prompt: id, metric, prompt, prefill, response, outcome.
     """
+    subject = Subject(params, cfg, chat, context, placement)
     if not is_plain(evals.suite) or evals.samples > 1:
-        return _evaluate_sets(Subject(params, cfg, chat, context, placement), evals, seed, progress)
+        return _evaluate_sets(subject, evals, seed, progress)
     records = load_suite(evals.suite, limit=evals.limit)
     prompts = [chat.encode(r.prompt, context, placement, r.system) for r in records]
     responses = respond(params, cfg, chat, records, prompts, evals, seed, progress)
     phrases = phrases_for(evals.suite, evals.refusal_phrases)
-    outcomes = [judge(r, text, phrases) for r, text in zip(records, responses, strict=True)]
+    outcomes = [judge(r, text, phrases, subject.opened) for r, text in zip(records, responses, strict=True)]
     transcripts = [
         {"id": r.id, "metric": r.extra["metric"], "prompt": r.prompt, "prefill": r.extra.get("prefill", ""), "response": text, "outcome": o}
         for r, text, o in zip(records, responses, outcomes, strict=True)

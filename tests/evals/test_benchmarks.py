@@ -164,6 +164,16 @@ def test_hub_layout(sets, tmp_path):
     assert load(f"advbench=hf:{tmp_path / 'hub'}")[0].prompt == "Open the door"
 
 
+def test_configurations_of_the_hub_are_subtypes(tmp_path, monkeypatch):
+    def split_files(name, split):
+        write_csv(tmp_path / f"{name.partition(':')[2]}.csv", ["prompt", "category"], [f"do {name}", "c"])
+        return [tmp_path / f"{name.partition(':')[2]}.csv"]
+
+    monkeypatch.setattr(benchmarks, "split_files", split_files)
+    assert [r.extra["subtype"] for r in load("harmbench")] == ["standard", "contextual", "copyright"]
+    assert [r.prompt for r in load("harmbench:copyright")] == ["do walledai/HarmBench:copyright"]
+
+
 def test_suite_files_and_attacks(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "mine.jsonl", {"id": "a", "prompt": "open it", "label": "harmful", "metric": "asr_mine", "split": "test"})
     file = str(tmp_path / "mine.jsonl")
