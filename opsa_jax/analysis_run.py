@@ -27,6 +27,7 @@ from opsa_jax.evals.scorers import refused
 from opsa_jax.evals.suite import judge, load_suite, summarise
 from opsa_jax.models import hf
 from opsa_jax.models.params import Params
+from opsa_jax.objectives.objective import needs_teacher
 from opsa_jax.parallel.mesh import make_mesh
 from opsa_jax.rollout.engine import Engine
 from opsa_jax.rollout.filters import Sampling
@@ -132,9 +133,11 @@ def prepare(config: AnalyseConfig) -> Bench:
         check_same_tokens(chat, Chat.load(str(checkpoint.folder), thinking=run.model.thinking))
     if "drift" in config.parts:
         check_layer(config.layer, opened["base"].cfg.n_layers)
-    if "teacher" in config.parts and (not is_plain(run.evals.suite) or run.evals.samples > 1):
-        if config.parts != AnalyseConfig.parts:
-            raise UserError("--parts teacher: only for the sandbox or one file in its format, with one response per prompt")
+    plain = is_plain(run.evals.suite) and run.evals.samples == 1
+    taught = needs_teacher(run.objective) or run.rollout.writer == "teacher"
+    if not plain and "teacher" in config.parts and config.parts != AnalyseConfig.parts:
+        raise UserError("--parts teacher: only for the sandbox or one file in its format, with one response per prompt")
+    if config.parts == AnalyseConfig.parts and not (plain and taught):
         config = dataclasses.replace(config, parts=tuple(p for p in config.parts if p != "teacher"))
     records = by_kind(suite_records(run), config.prompts_per_kind)
     steering = run.teacher.steering

@@ -35,7 +35,7 @@ CURVES = (
     ("Length of responses", "tokens", (0.0, None), {"response_tokens": "tokens"}),
     ("Token entropy", "nats", (0.0, None), {"entropy_student": "student", "entropy_teacher": "teacher"}),
     ("Gradient norm", "norm before clipping", (0.0, None), {"grad_norm": "gradient"}),
-    ("Preference", "share", (0.0, 1.0), {"accuracy": "chosen above rejected"}),
+    ("Preference", "share", (0.0, 1.0), {"chosen_wins": "chosen response more likely"}),
 )
 
 
@@ -139,14 +139,14 @@ def _mark(r: Mapping[str, Any], axis: str) -> Mark:
 
 
 def places(runs: Sequence[RunData], comparisons: Sequence[Folder], safety: Sequence[str]) -> list[dict[str, Any]]:
-    """name, model, colour and the axes of every point; a base that several runs share is listed once."""
+    """name, model, colour and the axes of every point; a base or teacher that several runs share is listed once."""
     found: list[dict[str, Any]] = []
     for i, run in enumerate(runs):
         for model, metrics in run.results.items():
             spot = place(metrics, safety)
-            shared = next((r for r in found if model == "base" == r["model"] and all(r.get(k) == v for k, v in spot.items())), None)
-            if shared:
-                shared["name"] = "base"
+            same = [r for r in found if r["model"] == model != "trained" and all(r.get(k) == v for k, v in spot.items())]
+            if same:
+                same[0] |= {"name": model, "colour": _FIXED[model]}
                 continue
             name = model if len(runs) == 1 else run.name if model == "trained" else f"{model}, {run.name}"
             colour = _FIXED[model] if len(runs) == 1 or model == "base" else f"var(--c{i % 8})"

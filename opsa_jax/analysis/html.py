@@ -181,8 +181,10 @@ def notes(run: RunData) -> list[dict[str, str]]:
     found = []
     if "trained" not in run.results:
         found.append({"text": "No results of the trained model yet: the run is unfinished, or has no suite", "command": ""})
+    # Runs on given responses alone have no teacher.
+    teacher = run.results.get("teacher") or run.provenance["config"]["objective"]["loss"] in ("nll", "dpo")
     parts = [("token-kl", run.token_kl, "token-level KL"), ("drift", run.drift, "drift of representations"),
-             ("collapse", run.collapse, "collapse probes"), ("teacher", run.results.get("teacher"), "the teacher's results")]  # fmt: skip
+             ("collapse", run.collapse, "collapse probes"), ("teacher", teacher, "the teacher's results")]  # fmt: skip
     if missing := [(part, name) for part, data, name in parts if not data]:
         flag = "" if len(missing) == len(parts) else " --parts " + " ".join(part for part, _ in missing)
         found.append({"text": f"Left out: {', '.join(name for _, name in missing)}. To add them", "command": command + flag})

@@ -31,6 +31,7 @@ _LEFT = (
     ("Loss", "loss", {"loss": ("loss", BLUE)}),
 )
 _RIGHT = (
+    ("Preference", "share", {"chosen_wins": ("chosen response more likely", BLUE)}),
     ("Rollouts that refuse", "share", {"refused_harmful": ("harmful prompts", BLUE), "refused_benign": ("benign prompts", ORANGE)}),
     ("Length of responses", "tokens", {"response_tokens": ("tokens", BLUE)}),
 )
