@@ -139,7 +139,7 @@ def test_a_notice_in_the_last_updates_changes_nothing(tmp_path, straight, monkey
 @pytest.mark.slow
 def test_the_command_ends_with_75_and_resumes(tmp_path):
     """A real process, sent SIGTERM from outside at some point of its updates."""
-    settings = "c.TrainConfig(steps=400, prompts_per_rollout=8, update_batch=4)"
+    settings = "c.TrainConfig(steps=80, prompts_per_rollout=8, update_batch=4)"
     run_config(tmp_path)  # model and prompts
     file = recipe(tmp_path, train=settings)
     with Job(tmp_path, file) as job:
