@@ -366,6 +366,24 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Evaluation while training, on the validation split of a suite (never what is reported), and the checkpoint that is kept."""
+
+    every: int = 0
+    """Updates between evaluations (and one at the end); 0 is never. Rounded up to whole rollout batches."""
+    suite: str = "sandbox"
+    """sandbox, or a JSONL file in the format of evals/suite.py with records of split=val."""
+    limit: int = 16
+    """Prompts per metric."""
+    keep_best: bool = False
+    """Export and report the best checkpoint instead of the last: the lowest mean ASR among those within both limits."""
+    max_over_refusal: float = 0.05
+    """Limit: over-refusal at most this much above the base's."""
+    max_capability_loss: float = 0.05
+    """Limit: capability at most this much below the base's."""
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """The Hugging Face checkpoint written at the end."""
 
@@ -398,4 +416,5 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
     evals: EvalConfig = field(default_factory=EvalConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

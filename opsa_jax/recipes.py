@@ -118,6 +118,10 @@ def validate(config: RunConfig) -> None:
         check(source.where.count("=") == 1 or not source.where, f"data.sources.{i}.where", source.where, "must be FIELD=VALUE")
     _validate_method(config, check)
     _validate_processes(config, check)
+    v = c.validation
+    check(v.every >= 0, "validation.every", v.every, "must be 0 (never) or above")
+    check(v.limit >= 1, "validation.limit", v.limit, "must be at least 1")
+    check(not v.keep_best or v.every > 0, "validation.keep-best", "", "needs --validation.every")
     unknown = [x for x in c.model.lora.targets if x not in LORA_TARGETS]
     check(not unknown, "model.lora.targets", " ".join(unknown), f"allowed: {' '.join(LORA_TARGETS)}")
     check(c.model.lora.rank >= 0, "model.lora.rank", c.model.lora.rank, "must be 0 (all weights) or above")

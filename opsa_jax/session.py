@@ -1,5 +1,6 @@
 """A whole training run: prepare, evaluate the base, train, export, evaluate the result, show the difference."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -24,6 +25,7 @@ from opsa_jax.training.loop import run_updates
 from opsa_jax.training.preempt import Preemption
 from opsa_jax.training.setup import Run, prepare
 from opsa_jax.training.state import student_params
+from opsa_jax.training.validation import Validation, load_records
 
 
 def train(config: RunConfig) -> Path:
@@ -39,6 +41,8 @@ def train(config: RunConfig) -> Path:
     console = _console()
     resuming = distributed.from_first("run directory", lambda: _check(config))
     distributed.check_same("config", config_hash(config), "config")
+    if config.validation.every:
+        load_records(config.validation)  # a suite without a validation split is told before anything is loaded
     with Preemption() as preemption:
         run, state = prepare(config, console.print)
         folder = Path(config.out)
@@ -51,8 +55,12 @@ def train(config: RunConfig) -> Path:
             state, place = checkpoints.restore(state)
             run.prompts.stream.restore(place["stream"])
             console.print(f"resume   from update {int(state.step)} of {run.total_updates}")
-        state = run_updates(run, state, folder, checkpoints, preemption)
-        checkpoints.close()
+        with _validation(run, folder, console) as validation:
+            if validation is not None:
+                validation.begin(state)
+            state = run_updates(run, state, folder, checkpoints, preemption, validation)
+            checkpoints.close()
+            state = validation.chosen(state) if validation is not None else state
         params = student_params(state, run.frozen)
         if config.export.enabled:
             export(run, params, folder / "hf", console)
@@ -60,6 +68,11 @@ def train(config: RunConfig) -> Path:
     if jax.process_index() == 0:
         _finish(folder, {"base": before, "trained": after} if before else {}, console)
     return folder
+
+
+def _validation(run: Run, folder: Path, console: Console):
+    """The evaluation while training, closed at the end; None where none is asked for."""
+    return contextlib.closing(Validation(run, folder, console.print)) if run.config.validation.every else contextlib.nullcontext()
 
 
 def _console() -> Console:

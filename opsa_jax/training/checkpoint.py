@@ -135,6 +135,11 @@ class Checkpoints:
             raise UserError(f"checkpoint {self.latest} in {self._manager.directory} does not fit this run: {why}") from None
         return restored.state, restored.place
 
+    def drop_after(self, step: int) -> None:
+        """Delete checkpoints of more than `step` updates."""
+        for later in [s for s in self._manager.all_steps() if s > step]:
+            self._manager.delete(later)
+
     def close(self) -> None:
         """Wait for saves under way."""
         self._manager.wait_until_finished()

@@ -1,6 +1,6 @@
 """The training loop, in the order it runs:
 
-    next prompts -> rollout -> updates -> metrics of the PREVIOUS rollout -> checkpoint when due (and the metrics up to it)
+    next prompts -> rollout -> updates -> metrics of the PREVIOUS rollout -> validation when due -> checkpoint when due
 
 The host never waits for a step it has just launched: metrics are read one rollout batch late. With several processes all run this
 loop and take the same decisions; the first one writes and shows.
@@ -25,9 +25,12 @@ from opsa_jax.training.metrics import MetricWriter, ratios
 from opsa_jax.training.preempt import Preemption
 from opsa_jax.training.setup import Run
 from opsa_jax.training.state import TrainState
+from opsa_jax.training.validation import Validation
 
 
-def run_updates(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoints, preemption: Preemption) -> TrainState:
+def run_updates(
+    run: Run, state: TrainState, folder: Path, checkpoints: Checkpoints, preemption: Preemption, validation: Validation | None = None
+) -> TrainState:
     """All updates from `state` to the last one, with a checkpoint at the end. Returns the final state.
 
     Raises:
@@ -53,6 +56,8 @@ def run_updates(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoi
                 _report(run, display, writer, clock, *pending)
             pending = (done, launched, draws, _readable(run, rollout))
             done += len(launched)
+            if validation is not None and validation.due(done, len(launched)):
+                validation.score(done, state)
             stop = preemption.due() and done < total
             if stop or _save_due(config.train.save_every, done, len(launched), total):
                 # What a checkpoint holds is in metrics.jsonl before it: a run killed after the save resumes without a gap.

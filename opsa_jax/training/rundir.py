@@ -57,9 +57,15 @@ def create(config: RunConfig) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically, through a temporary file beside it."""
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically, through a temporary file beside it; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
