@@ -55,12 +55,17 @@ def test_validation_reads_its_split_and_the_best_is_exported(tmp_path, monkeypat
     from opsa_jax.training import validation
 
     asked = []
-    load = validation.load_suite
-    monkeypatch.setattr(validation, "load_suite", lambda *a, **k: asked.extend(load(*a, **k)) or asked)
+    sample = validation.respond
+
+    def watched(params, cfg, chat, records, *rest):
+        asked.append([r.extra["split"] for r in records])
+        return sample(params, cfg, chat, records, *rest)
+
+    monkeypatch.setattr(validation, "respond", watched)
     # The rule must be seen to choose: the second of the scored checkpoints is called the best.
     monkeypatch.setattr(validation, "best_row", lambda cfg, rows: next((r for r in rows if r["step"] == 4), None))
     folder = train(config(tmp_path))
-    assert len(asked) == 6 and all(r.extra["split"] == "val" for r in asked)
+    assert asked == [["val"] * 6] * 4
     rows = [json.loads(line) for line in (folder / "evals/validation.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 2, 4, 6]
     assert all(0 <= r["asr_seen"] <= 1 for r in rows)
