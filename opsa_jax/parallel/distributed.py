@@ -7,6 +7,7 @@ keeps the worker's errors back, and says in one line which process is missing or
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from opsa_jax.errors import PeerError, Preempted, UserError
 T = TypeVar("T")
 _POLL = 1.0  # seconds between looks at what other processes have said
 _FAILED = "opsa/failed/"
+_calls = itertools.count()
 # What jax's errors say when a peer or the network is gone, rather than this process at fault.
 _LOST = re.compile(r"gloo|nccl|unavailable|connection|connect|peer|socket|deadline|timed out|aborted|cancelled|heartbeat", re.IGNORECASE)
 
@@ -95,10 +97,14 @@ def start(cluster: Cluster, cfg: DistributedConfig) -> None:
         return service(*args, **kwargs, cluster_register_timeout=cfg.timeout)
 
     with mock.patch.object(_jax, "get_distributed_runtime_service", with_timeout):
-        jax.distributed.initialize(
-            cluster.coordinator, cluster.processes, cluster.process, cluster.local_devices, "deactivate",
-            initialization_timeout=cfg.timeout + 5, heartbeat_timeout_seconds=cfg.heartbeat, shutdown_timeout_seconds=cfg.timeout,
-        )  # fmt: skip
+        try:
+            jax.distributed.initialize(
+                cluster.coordinator, cluster.processes, cluster.process, cluster.local_devices, "deactivate",
+                initialization_timeout=cfg.timeout + 5, heartbeat_timeout_seconds=cfg.heartbeat, shutdown_timeout_seconds=cfg.timeout,
+            )  # fmt: skip
+        except RuntimeError as e:
+            why = " ".join(str(e).split())[:200]
+            raise PeerError(f"process {cluster.process} could not join the run at {cluster.coordinator}: {why}") from None
     threading.Thread(target=_watch, args=(cluster.process,), daemon=True).start()
 
 
@@ -138,8 +144,10 @@ def client() -> Any:
 def from_first(name: str, compute: Callable[[], T]) -> T:
     """What `compute()` gives on process 0, on every process: only that one runs it. Its UserError is raised on all.
 
+    All processes call this equally often, in the same order.
+
     Args:
-        name: a name used once per run.
+        name: for whoever looks into the key-value store.
         compute: gives JSON types.
     """
     store = client()
@@ -147,7 +155,7 @@ def from_first(name: str, compute: Callable[[], T]) -> T:
         return compute()
     import jax
 
-    key = f"opsa/first/{name}"
+    key = f"opsa/first/{next(_calls)}/{name}"
     if jax.process_index() == 0:
         try:
             value = compute()
