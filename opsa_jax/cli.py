@@ -26,6 +26,7 @@ COMMANDS = {
     "search": "search the teacher's context: flip rates of many candidates, on harmful and on benign prompts",
     "evaluate": "score a checkpoint: refusal, over-refusal, capability",
     "analyse": "look inside a trained model: token-level KL, drift, collapse probes",
+    "plan": "compile a run ahead of time for a TPU slice or GPUs: does it fit, what bounds it",
     "report": "one HTML page of a run, or of several",
     "compare": "run recipes over seeds and bases, and draw the safety trade-off",
 }

@@ -68,7 +68,8 @@ def forward(
         k_segments = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT.astype(jnp.int32), (0, cache.length))
     visible = Visibility(segments_BT, k_segments, columns_T)
 
-    block = _checkpointed(functools.partial(_block, cfg=cfg, tables=tables, visible=visible, ablate_D=ablate_D), cfg.remat)
+    static = {"cfg": cfg, "gathers": cache is None}  # who decodes has gathered the weights once (rollout/decode.py)
+    block = _checkpointed(functools.partial(_block, tables=tables, visible=visible, ablate_D=ablate_D, **static), cfg.remat)
     layer_inputs = {
         "layer": params.layers,
         "index": jnp.arange(cfg.n_layers),
@@ -101,11 +102,11 @@ def _checkpointed(block, remat: str):
     return jax.checkpoint(block, policy=policy)
 
 
-def _block(x_BTD, kv, layer: Layers, index, window, steer_D, *, cfg: DecoderConfig, tables, visible: Visibility, ablate_D):
+def _block(x_BTD, kv, layer: Layers, index, window, steer_D, *, cfg: DecoderConfig, gathers: bool, tables, visible: Visibility, ablate_D):
     """One block: pre-norm attention and pre-norm gated feed-forward, each added to the residual stream."""
     if steer_D is not None:
         x_BTD = x_BTD + steer_D.astype(x_BTD.dtype)
-    lora, layer = layer.lora or {}, _gathered(layer, cfg)
+    lora, layer = layer.lora or {}, _gathered(layer, cfg) if gathers else layer
     h_BTD = rms_norm(x_BTD, layer.attn_norm_LD, cfg.norm_eps)
     q_BTNH = project(h_BTD, layer.wq_LDNH, 1, layer.bq_LNH, lora.get("q"))
     k_BTKH = project(h_BTD, layer.wk_LDKH, 1, layer.bk_LKH, lora.get("k"))
