@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": "import, export or verify a Hugging Face checkpoint",
     "search": "search the teacher's context: flip rates of many candidates, on harmful and on benign prompts",
     "evaluate": "score a checkpoint: refusal, over-refusal, capability",
+    "attack": "attack a checkpoint: prefilling, templates, rewrites, PAP, PAIR, many-shot, GCG, fine-tuning",
     "analyse": "look inside a trained model: token-level KL, drift, collapse probes",
     "plan": "compile a run ahead of time for a TPU slice or GPUs: does it fit, what bounds it",
     "report": "one HTML page of a run, or of several",
