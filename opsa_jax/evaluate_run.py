@@ -44,10 +44,11 @@ def evaluate(config) -> dict[str, Any]:
     if config.out and not config.resume and (out / "results.json").exists():
         raise UserError(f"{out / 'results.json'} exists; continue with --resume, or choose another folder with --out")
     specs, records = _plan(config, console)
+    tasks = None
     if config.lm_eval:
-        from opsa_jax.evals.harness import require_lm_eval
+        from opsa_jax.evals.harness import find_tasks
 
-        require_lm_eval()
+        tasks = find_tasks(config.lm_eval)
     context, mesh = resolve_context(config.context), make_mesh(config.mesh)
     model = open_checkpoint(ModelConfig(path=config.model, revision=config.revision, compute_dtype=config.dtype), config.model)
     chat = Chat.load(str(model.folder), thinking=config.thinking)
@@ -62,7 +63,7 @@ def evaluate(config) -> dict[str, Any]:
         if speed.responses:
             console.print(f"{speed.responses} responses, {speed.tokens} tokens, {speed.tokens_per_second:.0f} tokens/s with compilation")
         info["tokens_per_second"], info["tokens"] = speed.tokens_per_second, speed.tokens
-        harness = _lm_eval(config, subject, console) if config.lm_eval else {}
+        harness = _lm_eval(config, subject, tasks, console) if tasks else {}
         opened = subject.opened
         del params, subject  # room for the judges' weights
         mine = generation.in_order(records, stage.read("transcripts", rows), config.out)
@@ -197,14 +198,14 @@ class _Lazy:
 _SHARES = ("acc", "acc_norm", "exact_match", "prompt_level_strict_acc", "prompt_level_loose_acc")
 
 
-def _lm_eval(config, subject: Subject, console: Console) -> dict[str, Any]:
+def _lm_eval(config, subject: Subject, tasks: Any, console: Console) -> dict[str, Any]:
     """Cells of lm-eval's tasks: Wilson intervals of shares, and 1.96 of lm-eval's standard errors where it gives any otherwise."""
     from opsa_jax.evals.harness import make_lm, run_tasks
 
     room = config.evals.max_new_tokens or 1024
     lm = make_lm(subject.params, subject.cfg, subject.chat, config.evals.batch, room, seed=config.seed)
     console.print(f"lm-eval: {config.lm_eval}")
-    found = run_tasks(lm, config.lm_eval, config.evals.limit, seed=config.seed)
+    found = run_tasks(lm, tasks, config.evals.limit, seed=config.seed)
     cells = {}
     for task, values in found["results"].items():
         n = found.get("n-samples", {}).get(task, {}).get("effective", 0)

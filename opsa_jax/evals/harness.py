@@ -186,16 +186,13 @@ def _cut(text: str, until: list[str], opened: bool) -> str:
     return text
 
 
-def run_tasks(lm: Any, tasks: str, limit: int = 0, chat_template: bool = True, fewshot: int = -1, seed: int = 0) -> dict[str, Any]:
-    """Run lm-eval tasks, separated by commas: names, or .yaml files.
-
-    Returns:
-        lm-eval's result dict; `results` holds metric values by task.
+def find_tasks(tasks: str) -> tuple[list[str], Any]:
+    """Names of lm-eval tasks, separated by commas (names, or .yaml files), and the manager that knows them.
 
     Raises:
-        UserError: lm-eval missing, an unknown task, or a set that cannot be had.
+        UserError: lm-eval is missing, or a task is unknown.
     """
-    lm_eval = require_lm_eval()
+    require_lm_eval()
     from lm_eval.tasks import TaskManager
 
     names, folders = [], []
@@ -210,6 +207,25 @@ def run_tasks(lm: Any, tasks: str, limit: int = 0, chat_template: bool = True, f
     unknown = [n for n in names if not manager.match_tasks([n])]
     if unknown:
         raise UserError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them, and a .yaml file is one of your own")
+    return names, manager
+
+
+def run_tasks(
+    lm: Any, tasks: str | tuple[list[str], Any], limit: int = 0, chat_template: bool = True, fewshot: int = -1, seed: int = 0
+) -> dict[str, Any]:
+    """Run lm-eval tasks.
+
+    Args:
+        tasks: as `find_tasks` takes them, or what it gave.
+
+    Returns:
+        lm-eval's result dict; `results` holds metric values by task.
+
+    Raises:
+        UserError: as `find_tasks`; or a task's data cannot be had.
+    """
+    lm_eval = require_lm_eval()
+    names, manager = find_tasks(tasks) if isinstance(tasks, str) else tasks
     try:
         return lm_eval.simple_evaluate(
             lm, tasks=names, task_manager=manager, limit=limit or None, apply_chat_template=chat_template, bootstrap_iters=100,

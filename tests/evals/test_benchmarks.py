@@ -16,6 +16,8 @@ from opsa_jax.errors import UserError
 from opsa_jax.evals import benchmarks
 from opsa_jax.evals.benchmark_table import BENCHMARKS, GROUPS, STEM
 from opsa_jax.evals.benchmarks import attacked, is_plain, load
+from opsa_jax.evals.capability import score_gsm8k, score_math
+from opsa_jax.evals.execution import run_answer
 from opsa_jax.evals.leakage import find_leaks, summary, words
 
 DATA = Path(os.environ.get("OPSA_EVAL_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -200,6 +202,22 @@ def test_real_sets():
         assert len(records) == n == BENCHMARKS[name].size == len({r.id for r in records})
     assert Counter(r.extra["subtype"] for r in load("harmbench", str(DATA))) == {"standard": 200, "contextual": 100, "copyright": 100}
     assert all("####" in r.extra["expect"] for r in load("gsm8k", str(DATA)))
+
+
+@pytest.mark.skipif(not (DATA / "humaneval").is_dir(), reason="the sets are not at hand (OPSA_EVAL_DATA)")
+def test_reference_answers_of_real_sets_are_right():
+    """What the sets themselves call right, through our scorers; code for a few, with nothing as the opposite."""
+    gsm8k, solutions = load("gsm8k", str(DATA)), [json.loads(s) for s in (DATA / "gsm8k/test.jsonl").read_text().splitlines()]
+    for mode in ("flexible", "strict"):
+        assert {score_gsm8k(s["answer"], r.extra["expect"], mode) for r, s in zip(gsm8k, solutions, strict=True)} == {"right"}
+    maths, solutions = load("math500", str(DATA)), [json.loads(s) for s in (DATA / "math500/test.jsonl").read_text().splitlines()]
+    assert {score_math(s["solution"], r.extra["expect"], verifier="plain") for r, s in zip(maths, solutions, strict=True)} == {"right"}
+    with gzip.open(DATA / "humaneval/HumanEval.jsonl.gz", "rt") as f:
+        solved = {f"humaneval/{row['task_id']}": row["canonical_solution"] for row in map(json.loads, f)}
+    for r in load("humaneval", str(DATA))[::20]:
+        task = {"prompt": r.extra["code_prompt"], "entry_point": r.extra["entry_point"], "tests": r.extra["tests"]}
+        whole = f"Here it is:\n```python\n{task['prompt']}{solved[r.id]}```\nDone."
+        assert [run_answer(t, task) for t in (solved[r.id], whole, "    pass\n")] == ["right", "right", "wrong"], r.id
 
 
 def record(prompt, metric="asr_x"):

@@ -212,6 +212,24 @@ def test_code_is_run_where_allowed(sets, tmp_path, monkeypatch):
     assert json.loads((out / "evaluation.json").read_text())["code"]["isolation"]
 
 
+def test_lm_eval_beside_our_own(sets, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "sums.yaml").write_text(
+        f"task: sums\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {sets}/gsm8k.jsonl}}}}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer.split()[-1]}}'\n"
+        "generation_kwargs: {until: [], max_gen_toks: 40}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    out = tmp_path / "out"
+    given = ["--suite", "gsm8k", "--data-dir", sets, "--max-new-tokens", "40", "--batch", "8", "--out", str(out)]
+    assert evaluate.main([*given, "--lm-eval", str(tmp_path / "sums.yaml")]) == 0
+    cell = json.loads((out / "results.json").read_text())["lm_eval:sums:exact_match,none"]
+    assert cell["n"] == 4 and cell["rate"] == 1 and 0.4 < cell["low"] < 0.6
+    assert entry(evaluate.main, [*given, "--resume", "--lm-eval", str(tmp_path / "nowhere.yaml")]) == 2
+    assert "nowhere.yaml is no task of lm-eval" in capsys.readouterr().err
+
+
 def test_list_and_leakage(sets, tmp_path, capsys):
     assert evaluate.main(["--list"]) == 0
     shown = capsys.readouterr().out
