@@ -54,8 +54,10 @@ def run(config: PlanConfig) -> int:
     Raises:
         UserError: unknown topology, libtpu missing, a mesh that does not divide, prompts without a room.
     """
+    from opsa_jax.parallel import xla_flags
     from opsa_jax.parallel.topology import get_topology
 
+    xla_flags.set_flags()
     topology = get_topology(config.topology)  # before anything starts jax
     from rich.console import Console
 

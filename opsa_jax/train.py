@@ -26,8 +26,9 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(to_dict(config), indent=2))
         return 0
     # jax and the model code are imported only now: --help and mistakes in flags answer at once.
-    from opsa_jax.parallel import distributed, supervisor
+    from opsa_jax.parallel import distributed, supervisor, xla_flags
 
+    xla_flags.set_flags()
     cluster = distributed.find(config.distributed)
     if cluster and not supervisor.is_worker():
         return supervisor.supervise("opsa_jax.train", argv, cluster, config.distributed)
