@@ -144,8 +144,8 @@ class Search:
         self.B = _up(settings.candidates, self._chunk)
         """Rows of the program that evaluates candidates: `candidates`, and repeats of the first that fill the last chunk."""
         S = settings.suffix_tokens
-        P = _up(max(len(x.before) + S + len(x.after) for x in layouts), 16)
-        R = _up(max(len(x.target) for x in layouts), 4)
+        P = _up(max(len(x.before) + S + len(x.after) for x in layouts), 32)
+        R = _up(max(len(x.target) for x in layouts), 8)  # few shapes, so few programs
         self._inputs = [(P, *x.row(S, P, R)) for x in layouts]
         self._allowed = jnp.asarray(np.pad(vocabulary.allowed_V, (0, max(0, cfg.vocab_size - len(vocabulary.allowed_V))))[: cfg.vocab_size])
 
