@@ -81,9 +81,7 @@ def head_flops(cfg: DecoderConfig, positions: int) -> float:
 
 def rollout_cost(shapes: Shapes, mesh: dict[str, int]) -> Cost:
     """Prefill and decoding of a whole rollout batch."""
-    from_teacher = shapes.config.rollout.writer == "teacher"
-    cfg = (shapes.teacher_cfgs or (shapes.cfg,))[0] if from_teacher else shapes.cfg
-    P, R, rows = shapes.teacher_prompt if from_teacher else shapes.prompt, shapes.room, shapes.rows
+    cfg, P, R, rows = writer(shapes), writer_prompt(shapes), shapes.room, shapes.rows
     flops = rows * (forward_flops(cfg, P) + forward_flops(cfg, R, P) + head_flops(cfg, R))
     weights = (cfg.n_params - (0 if cfg.tie_embeddings else cfg.vocab_size * cfg.d_model)) * _SIZE[cfg.compute_dtype] / mesh["tensor"]
     per_column = cache_bytes(shapes, mesh, 1)
@@ -94,9 +92,19 @@ def rollout_cost(shapes: Shapes, mesh: dict[str, int]) -> Cost:
     return Cost(flops, flops, R * weights + read, rows * (P + R))
 
 
+def writer(shapes: Shapes) -> DecoderConfig:
+    """Who writes the responses."""
+    return (shapes.teacher_cfgs or (shapes.cfg,))[0] if shapes.config.rollout.writer == "teacher" else shapes.cfg
+
+
+def writer_prompt(shapes: Shapes) -> int:
+    """Columns of its prompt."""
+    return shapes.teacher_prompt if shapes.config.rollout.writer == "teacher" else shapes.prompt
+
+
 def cache_bytes(shapes: Shapes, mesh: dict[str, int], columns: int) -> float:
     """Keys and values of this many columns on one device."""
-    cfg = shapes.cfg
+    cfg = writer(shapes)
     rows = shapes.rows / (mesh["data"] * mesh["fsdp"])
     return 2.0 * cfg.n_layers * rows * cfg.n_kv_heads * cfg.head_dim * columns * _SIZE[cfg.compute_dtype] / mesh["tensor"]
 

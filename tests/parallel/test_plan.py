@@ -204,7 +204,8 @@ def test_program_too_large_is_a_result():
 
 
 def test_plan_of_a_tiny_run(tmp_path, capsys):
-    """From config.json alone; one JSON object; the head's collectives stay outside the chunk loop, its gradient is summed in float32."""
+    """From config.json alone; one JSON object. The head's collectives stay outside the chunk loop, and its gradient is summed in float32;
+    weights are gathered in the layer scan of training and once for all tokens of decoding."""
     cfg = DecoderConfig("qwen3", 2048, 16, 2, 4, 2, 8, 32, qk_norm=True)
     (tmp_path / "config.json").write_text(json.dumps(to_hf(cfg)))
     run = [
@@ -220,7 +221,12 @@ def test_plan_of_a_tiny_run(tmp_path, capsys):
         model=c.ModelConfig(path=str(tmp_path)), data=c.DataConfig(max_prompt_tokens=16, max_teacher_prompt_tokens=24),
         rollout=c.RolloutConfig(max_new_tokens=16), objective=c.ObjectiveConfig(chunk=8), mesh=c.MeshConfig(1, 4, 2),
     )  # fmt: skip
-    check_head(make_plan(config, get_topology("cpu:8"), ("update",)).programs["update"].collectives, 16 * 2048 // 2)
+    programs = make_plan(config, get_topology("cpu:8")).programs
+    check_head(programs["update"].collectives, 16 * 2048 // 2)
+    in_blocks = [x for x in programs["update"].collectives if x.kind == "all-gather" and x.bytes >= 4 * 16 * 32 // 2 and x.loops]
+    assert in_blocks, "weights are gathered inside the layer scan"
+    decoding = [x for x in programs["rollout"].collectives if any("decode" in loop for loop in x.loops)]
+    assert decoding and max(x.bytes for x in decoding) < 16 * 32 * 4 // 2, "decoding gathers no weights"
 
 
 def check_head(found, head: int):
