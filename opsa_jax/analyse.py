@@ -78,7 +78,7 @@ class AnalyseConfig:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     config = parse(AnalyseConfig, None, argv, "python -m opsa_jax.analyse", DESCRIPTION)
-    from opsa_jax.analysis_run import analyse
+    from opsa_jax.stages.analyse import analyse
 
     analyse(config)
     return 0

@@ -184,7 +184,7 @@ def run(cfg: Command) -> str:
     if Path(cfg.out).exists() and not cfg.resume:
         raise UserError(f"{cfg.out} exists; continue it with --resume, remove it, or choose another --out")
     if isinstance(cfg, Cross):
-        from opsa_jax.answer_cross import cross
+        from opsa_jax.stages.answers_cross import cross
 
         return cross(cfg)
     return own(cfg) if isinstance(cfg, Self) else pairs(cfg)
@@ -192,7 +192,7 @@ def run(cfg: Command) -> str:
 
 def own(cfg: Self) -> str:
     """`self`: sample, filter, write."""
-    from opsa_jax.answer_stages import Shop
+    from opsa_jax.stages.answers import Shop
     from opsa_jax.teachers.contexts import resolve_context
 
     contexts = {"harmful": resolve_context(cfg.context_harmful), "benign": resolve_context(cfg.context_benign)}
@@ -211,8 +211,8 @@ def own(cfg: Self) -> str:
 
 def pairs(cfg: Pairs) -> str:
     """`pairs`: sample under both contexts, take the first response of the wanted kind of each, write."""
-    from opsa_jax.answer_stages import Shop
     from opsa_jax.evals.judges import manner
+    from opsa_jax.stages.answers import Shop
     from opsa_jax.teachers.contexts import resolve_context
 
     refuse = {"harmful": resolve_context(cfg.harmful_refuse), "benign": resolve_context(cfg.benign_refuse)}

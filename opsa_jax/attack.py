@@ -110,8 +110,8 @@ def run(config: AttackConfig) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not config.resume:
         raise UserError(f"output folder {out} exists; continue it with --resume, or choose another with --out")
     # jax and the model code are imported only now: --help and mistakes in flags answer at once.
-    from opsa_jax.attack_run import attack
     from opsa_jax.evals.attacks import durability
+    from opsa_jax.stages.attack import attack
 
     durability.check(config.durability)
     return attack(config)

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         cut = argv.index("--")
         argv, shared = argv[:cut], argv[cut + 1 :]
     config = parse(CompareConfig, None, argv, "python -m opsa_jax.compare", DESCRIPTION)
-    from opsa_jax.comparison import compare
+    from opsa_jax.stages.compare import compare
 
     compare(config, shared)
     return 0

@@ -82,14 +82,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         UserError: no such checkpoint, suite, judge or context; an output folder that holds results already; an endpoint that is down.
     """
-    from opsa_jax import evaluate_run
+    from opsa_jax.stages import evaluate as stage
 
     if config.show_list:
-        evaluate_run.show_benchmarks()
+        stage.show_benchmarks()
         return {}
     if config.leakage:
-        return evaluate_run.check_leakage(config)
-    return evaluate_run.evaluate(config)
+        return stage.check_leakage(config)
+    return stage.evaluate(config)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
     Raises:
         UserError: bad input (before anything is written), or a proposer whose replies hold no new candidate (finished answers are kept).
     """
-    from opsa_jax.context_search import check, search
+    from opsa_jax.stages.search import check, search
 
     check(config)
 

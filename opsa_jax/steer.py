@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     cfg = parse(SteerConfig, preset(argv), argv, "python -m opsa_jax.steer", DESCRIPTION)
     check(cfg)
-    from opsa_jax.steer_run import prepare
+    from opsa_jax.stages.steer import prepare
 
     prepare(cfg)
     return 0

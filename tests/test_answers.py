@@ -6,13 +6,15 @@ from collections import defaultdict
 import jax
 import pytest
 
-from opsa_jax import answer_cross, answer_stages, answers
-from opsa_jax.answer_stages import Response, Shop, fit
+from opsa_jax import answers
 from opsa_jax.cli import entry
 from opsa_jax.config import SourceConfig
 from opsa_jax.data.loaders import load_source
 from opsa_jax.evals.endpoint import Endpoint, Reply
 from opsa_jax.parallel.mesh import make_mesh
+from opsa_jax.stages import answers as answer_stages
+from opsa_jax.stages import answers_cross as answer_cross
+from opsa_jax.stages.answers import Response, Shop, fit
 from opsa_jax.teachers.contexts import resolve_context
 
 THINK = "<think>\nthe user asks.\n</think>\n\n"

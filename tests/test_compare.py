@@ -12,11 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent / "training"))
 
 import tiny
 
-from opsa_jax import cli, compare, comparison, session
+from opsa_jax import cli, compare, session
 from opsa_jax import config as c
 from opsa_jax.analysis import tradeoff
 from opsa_jax.parallel import mesh
 from opsa_jax.recipes import to_dict
+from opsa_jax.stages import compare as comparison
 from opsa_jax.training import loop, setup
 
 

@@ -9,9 +9,9 @@ ROOT = Path(opsa_jax.__file__).parent
 # A room may import itself and rooms of a lower floor; rooms of one floor may import each other.
 FLOORS = {
     "errors": 0, "paths": 0, "cli": 1, "config": 1, "recipes": 2, "parallel": 2, "models": 3, "data": 4, "rollout": 4, "teachers": 5,
-    "objectives": 6, "training": 7, "evals": 7, "analysis": 8,
+    "objectives": 6, "training": 7, "evals": 7, "analysis": 8, "stages": 9,
 }  # fmt: skip
-ENTRY = 9
+ENTRY = 9  # entry points, and `stages` with what they do
 
 
 def room(module: str) -> str:

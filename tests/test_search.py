@@ -7,11 +7,13 @@ import shutil
 import jax
 import pytest
 
-from opsa_jax import context_answers, context_search, paths, search
+from opsa_jax import paths, search
 from opsa_jax.cli import entry
 from opsa_jax.config import SourceConfig
 from opsa_jax.parallel import mesh
 from opsa_jax.rollout.rows import RowFile
+from opsa_jax.stages import search as context_search
+from opsa_jax.stages import search_answers as context_answers
 from opsa_jax.teachers.contexts import resolve_context
 
 # strict first: a criterion that looks at flips alone takes it, since strong flips no more than it does.

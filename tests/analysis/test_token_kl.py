@@ -17,12 +17,12 @@ from tiny import make_model
 
 from opsa_jax import analyse
 from opsa_jax.analysis.token_kl import View, by_position, by_type, concentration, token_divergence
-from opsa_jax.analysis_run import token_texts
 from opsa_jax.cli import entry
 from opsa_jax.config import MeshConfig, ModelConfig
 from opsa_jax.data.chat import Chat
 from opsa_jax.models import hf
 from opsa_jax.parallel.mesh import make_mesh
+from opsa_jax.stages.analyse import token_texts
 from opsa_jax.training.setup import open_checkpoint
 
 RNG = np.random.default_rng(3)

@@ -5,10 +5,11 @@ import json
 import pytest
 from attack_models import tiny
 
-from opsa_jax import attack, attack_run
+from opsa_jax import attack
 from opsa_jax.cli import entry
 from opsa_jax.evals.attacks import runner
 from opsa_jax.parallel import mesh
+from opsa_jax.stages import attack as attack_run
 from opsa_jax.training import setup
 
 

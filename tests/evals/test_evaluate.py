@@ -12,7 +12,7 @@ import pytest
 from test_endpoint import Stub, status
 from test_rubric import reply
 
-from opsa_jax import evaluate, evaluate_run
+from opsa_jax import evaluate
 from opsa_jax.cli import entry
 from opsa_jax.config import EvalConfig
 from opsa_jax.data.chat import Chat
@@ -25,6 +25,7 @@ from opsa_jax.models.hf import load_config, load_params
 from opsa_jax.parallel import mesh
 from opsa_jax.paths import resolve
 from opsa_jax.rollout.rows import RowFile
+from opsa_jax.stages import evaluate as evaluate_run
 
 
 @pytest.fixture(autouse=True)

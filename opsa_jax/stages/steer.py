@@ -25,8 +25,8 @@ from opsa_jax.parallel.mesh import batch_shards, make_mesh
 from opsa_jax.rollout.engine import Engine
 from opsa_jax.rollout.filters import Sampling
 from opsa_jax.rollout.sampler import row_keys
+from opsa_jax.stages.steer_files import Direction, describe, samples_table, write
 from opsa_jax.steer import SteerConfig
-from opsa_jax.steer_files import Direction, describe, samples_table, write
 from opsa_jax.teachers import safety_tokens, steering
 from opsa_jax.teachers.contexts import resolve_context
 from opsa_jax.teachers.steering import Place

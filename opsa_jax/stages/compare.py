@@ -21,10 +21,10 @@ from rich.console import Console
 
 from opsa_jax.analysis import tradeoff
 from opsa_jax.analysis.tradeoff import Choice
-from opsa_jax.comparison_plan import Planned, plan
 from opsa_jax.config import RunConfig
 from opsa_jax.errors import UserError
 from opsa_jax.recipes import config_hash, to_dict
+from opsa_jax.stages.compare_plan import Planned, plan
 
 if TYPE_CHECKING:
     from opsa_jax.compare import CompareConfig

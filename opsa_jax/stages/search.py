@@ -1,6 +1,6 @@
 """The search behind `search.py`: candidates in, rates, rewriting rounds, a choice, held-out numbers.
 
-Every answer is kept under a key made of context and prompt (`context_answers.py`), and everything else is computed from the answers. So a
+Every answer is kept under a key made of context and prompt (`search_answers.py`), and everything else is computed from the answers. So a
 stopped search continues where it was, and another weight, pool or phrase list with --resume costs only the answers that are new.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsa_jax.context_answers import Answers, Model, ask
 from opsa_jax.errors import UserError
+from opsa_jax.stages.search_answers import Answers, Model, ask
 from opsa_jax.teachers import flip_rate, pool, proposer
 
 if TYPE_CHECKING:

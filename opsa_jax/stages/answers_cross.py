@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opsa_jax.analysis.lengths import ks_distance, match_lengths
-from opsa_jax.answer_stages import Prompt, Response, Shop, fit, opened, spread
 from opsa_jax.answers import row
 from opsa_jax.data.records import Record
 from opsa_jax.errors import UserError
 from opsa_jax.evals.endpoint import Ask, Endpoint
 from opsa_jax.evals.judges import EndpointPairwise, Pair, PairwiseJudge, RulePairwise, answer_words, best
 from opsa_jax.evals.scorers import strip_thinking
+from opsa_jax.stages.answers import Prompt, Response, Shop, fit, opened, spread
 from opsa_jax.teachers.constitution import load_constitution
 
 if TYPE_CHECKING:
