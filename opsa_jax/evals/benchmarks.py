@@ -32,13 +32,7 @@ from opsa_jax.evals.benchmark_table import BENCHMARKS, GROUPS, OPTIONAL, Benchma
 from opsa_jax.evals.suite import SUITES, load_suite
 
 Transform = Callable[[Record], Sequence[Record]]
-
-ATTACKS: dict[str, Transform] = {}
-"""The place for sampled attacks: name -> one harmful record into its attacked versions (prompt, system or `extra["prefill"]` changed).
-
-`attacked` gives the versions their ids, metric (asr_BENCHMARK_ATTACK) and `extra["attack"]`. Group `attacks` of --suite applies all of
-them to all harmful requests of the sets that are asked for beside it (of group safety where there is none).
-"""
+"""One harmful record into its attacked versions: prompt, system or `extra["prefill"]` changed (attacks/build.py has them)."""
 
 
 def attacked(records: Sequence[Record], attacks: Mapping[str, Transform]) -> list[Record]:
@@ -56,7 +50,13 @@ def attacked(records: Sequence[Record], attacks: Mapping[str, Transform]) -> lis
 
 
 def load(
-    spec: str, data_dir: str = "", limit: int = 0, missing: str = "error", choice: str = "auto", told: Callable[[str], None] = print
+    spec: str,
+    data_dir: str = "",
+    limit: int = 0,
+    missing: str = "error",
+    choice: str = "auto",
+    told: Callable[[str], None] = print,
+    attacks: Mapping[str, Transform] | None = None,
 ) -> list[Record]:
     """Records of a suite: groups, benchmarks (NAME, NAME:SUBSET, NAME=FILE, NAME=hf:..., NAME=tfds:...), `sandbox`, suite files.
 
@@ -65,17 +65,17 @@ def load(
         data_dir: a folder with the sets' files; empty takes the hub.
         limit: the first this many of each metric; 0 is all.
         missing: `error`, or `skip` to leave out sets that cannot be had, and say so through `told`.
+        attacks: what group `attacks` applies to all harmful requests of the other sets (of group safety where there is none):
+            see `attacked`.
         choice: multiple choice by `likelihood` of the letters or by `generate`d answers; auto is the benchmark's own.
 
     Raises:
         UserError: an unknown name, a set that is not there (how to get it), wrong columns, an empty suite.
     """
     names = [n.strip() for n in spec.split(",") if n.strip()]
-    attacks = "attacks" in names
-    if attacks and not ATTACKS:
-        raise UserError("suite attacks: no attacks are registered in this version; name other groups: safety, overrefusal, capability")
+    wanted = wants_attacks(spec)
     names = [n for n in names if n != "attacks"]
-    names = _expanded(names or (["safety"] if attacks else []))
+    names = _expanded(names or (["safety"] if wanted else []))
     if not names:
         raise UserError(f"--suite {spec!r} names nothing; allowed: {', '.join(GROUPS)}, sandbox, a benchmark (--list), or a JSONL file")
     records: list[Record] = []
@@ -88,10 +88,15 @@ def load(
             told(f"left out: {e}")
     if not records:
         raise UserError(f"suite {spec}: none of its sets can be had; give --data-dir a folder with them (--list names their files)")
-    records += attacked(records, ATTACKS) if attacks else []
+    records += attacked(records, attacks or {}) if wanted else []
     if twice := _repeated(r.id for r in records):
         raise UserError(f"suite {spec}: {twice!r} occurs twice; name each set once")
     return records
+
+
+def wants_attacks(spec: str) -> bool:
+    """Whether a suite names the group `attacks`."""
+    return "attacks" in [n.strip() for n in spec.split(",")]
 
 
 class Missing(UserError):

@@ -12,6 +12,7 @@ from opsa_jax.config import EvalConfig
 from opsa_jax.data.chat import Chat, Placement
 from opsa_jax.data.records import Record
 from opsa_jax.errors import UserError
+from opsa_jax.evals.attacks.build import suite_attacks
 from opsa_jax.evals.benchmarks import is_plain, load
 from opsa_jax.evals.generation import SANDBOX_ROOM, Memory, Subject, generate, in_order
 from opsa_jax.evals.suite import judge, load_suite, summarise
@@ -55,7 +56,7 @@ def _evaluate_sets(
     subject: Subject, evals: EvalConfig, seed: int, progress: Callable[[int, int], None]
 ) -> tuple[dict[str, Any], list[dict]]:
     """The same for any suite: groups, benchmarks, several responses. Rule outcomes only; `python -m opsa_jax.evaluate` also has judges."""
-    records = load(evals.suite, evals.data_dir, evals.limit)
+    records = load(evals.suite, evals.data_dir, evals.limit, attacks=suite_attacks(evals.suite, subject.chat))
     if coded := next((r for r in records if r.extra["scorer"] == "code"), None):
         raise UserError(f"{coded.extra['benchmark']} runs code that a model wrote: use python -m opsa_jax.evaluate --allow-code-execution")
     sink = Memory()

@@ -19,6 +19,7 @@ from opsa_jax.data.loaders import load_source, write_jsonl
 from opsa_jax.data.records import Record
 from opsa_jax.errors import UserError
 from opsa_jax.evals import execution, generation, leakage
+from opsa_jax.evals.attacks.build import suite_attacks
 from opsa_jax.evals.benchmark_table import BENCHMARKS
 from opsa_jax.evals.benchmarks import load
 from opsa_jax.evals.capability import verifier_name
@@ -43,7 +44,8 @@ def evaluate(config) -> dict[str, Any]:
     out, console = Path(config.out), Console(highlight=False)
     if config.out and not config.resume and (out / "results.json").exists():
         raise UserError(f"{out / 'results.json'} exists; continue with --resume, or choose another folder with --out")
-    specs, records = _plan(config, console)
+    chat = Chat.load(config.model, config.revision, config.thinking)
+    specs, records = _plan(config, chat, console)
     tasks = None
     if config.lm_eval:
         from opsa_jax.evals.harness import find_tasks
@@ -51,7 +53,6 @@ def evaluate(config) -> dict[str, Any]:
         tasks = find_tasks(config.lm_eval)
     context, mesh = resolve_context(config.context), make_mesh(config.mesh)
     model = open_checkpoint(ModelConfig(path=config.model, revision=config.revision, compute_dtype=config.dtype), config.model)
-    chat = Chat.load(str(model.folder), thinking=config.thinking)
     stage = _Stage(config, records, specs, out if config.out else None, console)
     rows = stage.sink("transcripts", _settings(config, context))
     info: dict[str, Any] = {"model": config.model, "settings": _settings(config, context)}
@@ -87,7 +88,7 @@ def evaluate(config) -> dict[str, Any]:
     return results
 
 
-def _plan(config, console: Console) -> tuple[list[JudgeSpec], list[Record]]:
+def _plan(config, chat: Chat, console: Console) -> tuple[list[JudgeSpec], list[Record]]:
     """Everything that can be known wrong before a model is loaded."""
     specs = parse_judges(config.judge)
     if config.evals.refusal_phrases != "auto":
@@ -97,7 +98,8 @@ def _plan(config, console: Console) -> tuple[list[JudgeSpec], list[Record]]:
     if config.maths == "math-verify" and verifier_name() != "math-verify":
         raise UserError("--maths math-verify: the package is not installed; pip install 'opsa_jax[eval]', or --maths plain")
     evals = config.evals
-    records = load(evals.suite, evals.data_dir, evals.limit, config.missing, config.choice, _teller(console))
+    attacks = suite_attacks(evals.suite, chat)
+    records = load(evals.suite, evals.data_dir, evals.limit, config.missing, config.choice, _teller(console), attacks)
     coded = sorted({r.extra["benchmark"] for r in records if r.extra["scorer"] == "code"})
     if coded and not config.allow_code_execution:
         how = f"{', '.join(coded)}: runs code that the model wrote; allow it with --allow-code-execution"

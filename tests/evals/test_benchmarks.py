@@ -121,7 +121,6 @@ def test_groups_and_missing_sets(sets):
         ("advbnch", "no benchmark 'advbnch'; did you mean 'advbench'"),
         ("harmbench:contextul", "did you mean 'contextual'"),
         (" , ", "names nothing"),
-        ("attacks", "no attacks are registered"),
         ("advbench=nowhere.csv", "no file 'nowhere.csv'"),
         ("advbench=gsm8k.jsonl", "no file"),
         ("nothing.jsonl", "nothing.jsonl"),
@@ -176,7 +175,7 @@ def test_configurations_of_the_hub_are_subtypes(tmp_path, monkeypatch):
     assert [r.prompt for r in load("harmbench:copyright")] == ["do walledai/HarmBench:copyright"]
 
 
-def test_suite_files_and_attacks(tmp_path, monkeypatch):
+def test_suite_files_and_attacks(tmp_path):
     write_jsonl(tmp_path / "mine.jsonl", {"id": "a", "prompt": "open it", "label": "harmful", "metric": "asr_mine", "split": "test"})
     file = str(tmp_path / "mine.jsonl")
     assert is_plain(file) and is_plain("sandbox") and not is_plain(f"{file},sandbox") and not is_plain("gsm8k")
@@ -189,8 +188,7 @@ def test_suite_files_and_attacks(tmp_path, monkeypatch):
     found = attacked([record], {"story": story})
     assert [r.id for r in found] == ["mine/a/story/0", "mine/a/story/1"] and {r.extra["metric"] for r in found} == {"asr_mine_story"}
     assert {r.extra["origin"] for r in found} == {"mine/a"} and found[0].extra["behavior"] == "open it"
-    monkeypatch.setitem(benchmarks.ATTACKS, "story", story)
-    assert len(load(f"{file},attacks")) == 3
+    assert len(load(f"{file},attacks", attacks={"story": story})) == 3
 
 
 @pytest.mark.skipif(not (DATA / "advbench").is_dir(), reason="the sets are not at hand (OPSA_EVAL_DATA)")

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from opsa_jax.data.chat import Chat
 from opsa_jax.data.records import Record
 from opsa_jax.errors import UserError
 from opsa_jax.evals.attacks import frames, written
@@ -14,7 +15,7 @@ from opsa_jax.evals.attacks.runner import Target
 from opsa_jax.evals.attacks.settings import AttackerConfig, AttackSettings, check
 from opsa_jax.evals.attacks.texts import Texts, texts
 from opsa_jax.evals.attacks.writer import EngineWriter, Writer
-from opsa_jax.evals.benchmarks import Transform
+from opsa_jax.evals.benchmarks import Transform, wants_attacks
 from opsa_jax.evals.endpoint import Endpoint
 
 
@@ -76,8 +77,13 @@ def build(
     return made
 
 
+def suite_attacks(spec: str, chat: Chat) -> dict[str, Transform]:
+    """What group `attacks` of an evaluation suite applies to a model with this template; nothing where the suite does not name it."""
+    return transforms(kind=frames.opening_kind(chat.opening(), "<think>" in chat.tokenizer.get_vocab())) if wants_attacks(spec) else {}
+
+
 def transforms(settings: AttackSettings | None = None, kind: str = "before", seed: int = 0) -> dict[str, Transform]:
-    """The attacks that are only text, for `--suite ...,attacks` of evaluate (`benchmarks.ATTACKS`): record -> attacked records.
+    """The attacks that are only text, for `--suite ...,attacks` of evaluate: record -> attacked records.
 
     Args:
         kind: where the answers of the model start (`Target.kind`, `frames.opening_kind`).
