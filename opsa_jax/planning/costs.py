@@ -158,15 +158,15 @@ def _pass_bytes(cfg: DecoderConfig, mesh: dict[str, int], rows: int, columns: in
     return weights + 2 * tokens * cfg.n_layers * widths * size
 
 
-def roofline(cost: Cost, chip: Chip, devices: int, sent: float) -> Roofline:
+def roofline(cost: Cost, chip: Chip, devices: int, sent: float | None) -> Roofline:
     """Least times of a program.
 
     Args:
-        sent: bytes that leave a device for others (`wire_bytes` of its collectives).
+        sent: bytes that leave a device for others (`wire_bytes` of its collectives); None where they are not known.
     """
     if chip.flops is None:
         return Roofline(None, None, None)
-    return Roofline(cost.flops / devices / chip.flops, cost.bytes / chip.hbm_bandwidth, sent / chip.ici_bandwidth)
+    return Roofline(cost.flops / devices / chip.flops, cost.bytes / chip.hbm_bandwidth, None if sent is None else sent / chip.ici_bandwidth)
 
 
 def sent_bytes(found: list[Collective]) -> float:

@@ -184,7 +184,7 @@ def make_plan(
         "update": costs.update_cost(shapes, sizes, there["parameters"] + there["optimizer"]),
     }
     cost = {name: c for name, c in cost.items() if c is not None and name in compiled}
-    sent = {name: costs.sent_bytes(compiled[name].collectives) for name in cost}
+    sent = {name: costs.sent_bytes(compiled[name].collectives) if compiled[name].fits else None for name in cost}
     roofs = {name: costs.roofline(c, topology.chip, len(topology.devices), sent[name]) for name, c in cost.items()}
     cache = int(costs.cache_bytes(shapes, sizes, costs.writer_prompt(shapes) + shapes.room)) if "rollout" in programs else 0
     return Plan(shapes, topology, sizes, compiled, there, cache, peaks, limit, cost, roofs)
