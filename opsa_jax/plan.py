@@ -31,7 +31,7 @@ class PlanConfig(RunConfig):
     search: bool = False
     """Try meshes, remat policies and micro-batches instead of those of the run, and rank the ones that fit."""
     search_limit: int = 6
-    """Candidates to compile in a search, the most promising first."""
+    """Candidates to find that fit, the most promising first; at most four times as many are compiled."""
 
 
 def main(argv: list[str] | None = None) -> int:

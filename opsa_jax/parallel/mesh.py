@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opsa_jax.config import MeshConfig
@@ -37,7 +38,11 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
             f"mesh data={cfg.data} fsdp={cfg.fsdp} tensor={cfg.tensor} does not fit {len(devices)} devices: "
             f"the product of the axes must equal the number of devices; nearest that does: {nearest} (-1 for one axis takes what is left)"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # no product of the slice's own axes has these sizes, such as 2 x 32 on 8 x 8: one of them is split
+        return Mesh(create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True), AXES, axis_types=types)
 
 
 def nearest_mesh(wanted: tuple[int, int, int], devices: int, sizes: Iterable[tuple[str, int]] = (), batch: int = 0):

@@ -47,6 +47,11 @@ class Roofline:
         return max(known) if self.compute is not None else None
 
     @property
+    def serial(self) -> float:
+        """Seconds if nothing overlapped, 0 where nothing is known."""
+        return sum(x or 0.0 for x in (self.compute, self.memory, self.interconnect))
+
+    @property
     def bound(self) -> str:
         parts = {"compute": self.compute, "memory": self.memory, "interconnect": self.interconnect}
         return max(parts, key=lambda name: parts[name] or 0.0) if self.compute is not None else "unknown"

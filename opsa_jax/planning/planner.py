@@ -59,6 +59,11 @@ class Plan:
             return None
         return sum(seconds / (1 if name == "update" else self.shapes.updates) for name, seconds in parts.items())
 
+    @property
+    def serial_seconds(self) -> float:
+        """The same if compute, memory traffic and interconnect did not overlap; 0 where nothing is known. For ranking."""
+        return sum(r.serial / (1 if name == "update" else self.shapes.updates) for name, r in self.rooflines.items())
+
     def temporary(self, name: str) -> int:
         """Activations, gradients, gathered weights and (in the rollout) the decoder's copy of the weights."""
         cache = self.cache if name == "rollout" else 0

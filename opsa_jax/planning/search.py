@@ -52,8 +52,8 @@ def promising(config: RunConfig, topology: Topology) -> list[RunConfig]:
         cost = costs.update_cost(shapes, sizes, there["parameters"] + there["optimizer"])
         sent = _sent(candidate, shapes.cfg, sizes, shapes)
         roof = costs.roofline(cost, topology.chip, len(topology.devices), sent)
-        # Candidates that a roofline cannot tell apart: those that keep less come first.
-        found.append(((roof.seconds or cost.flops + sent, least), len(found), candidate))
+        # Candidates that this cannot tell apart: those that keep less come first.
+        found.append(((roof.serial or cost.flops + sent, least), len(found), candidate))
     return [candidate for _, _, candidate in sorted(found)]
 
 
@@ -77,7 +77,8 @@ def _sent(config: RunConfig, cfg, mesh: dict[str, int], shapes) -> float:
 
 
 def search(config: RunConfig, topology: Topology, limit: int, say: Callable[[str], None]) -> list[Plan]:
-    """Compile the `limit` most promising candidates; those that fit come back first, the fastest (by roofline) at the top.
+    """Compile the most promising candidates until `limit` fit (at most four times as many). Those that fit come back first, ordered by
+    their roofline's times added up, which tells apart what its maximum does not.
 
     Raises:
         UserError: no mesh divides, or not even the weights fit.
@@ -88,11 +89,13 @@ def search(config: RunConfig, topology: Topology, limit: int, say: Callable[[str
             f"--search: no mesh of {len(topology.devices)} devices divides {config.model.path} and a batch of {config.train.update_batch} "
             f"within {(topology.chip.hbm_bytes or 0) / 2**30:.2f} GiB; choose a larger topology or another --train.update-batch"
         )
-    say(f"{len(chosen)} candidates divide and may fit; compiling the {min(limit, len(chosen))} most promising")
-    plans = []
-    for i, candidate in enumerate(chosen[:limit], 1):
+    say(f"{len(chosen)} candidates divide and may fit; compiling the most promising until {limit} fit")
+    plans: list[Plan] = []
+    for i, candidate in enumerate(chosen[: 4 * limit], 1):  # those that do not fit are refused within seconds
         m = candidate.mesh
         choice = f"mesh {m.data},{m.fsdp},{m.tensor} remat {candidate.model.remat} micro {candidate.train.micro_batch}"
-        say(f"[{i}/{min(limit, len(chosen))}] {choice}")
+        say(f"[{i}/{min(4 * limit, len(chosen))}] {choice}")
         plans.append(make_plan(candidate, topology, say=say))
-    return sorted(plans, key=lambda p: (not p.fits, p.step_seconds or 0.0, p.peak))
+        if sum(p.fits for p in plans) == limit:
+            break
+    return sorted(plans, key=lambda p: (not p.fits, p.serial_seconds, p.peak))

@@ -304,6 +304,8 @@ def test_small_tpu_programs(tmp_path):
         "    rollout=c.RolloutConfig(max_new_tokens=256), train=c.TrainConfig(prompts_per_rollout=8, update_batch=8, micro_batch=4))\n"
         "plan = make_plan(config, topology, ('update',), keep_text=True)\n"
         "check_head(plan.programs['update'].collectives, 256 * 8192 // 2)\n"
+        "from opsa_jax.parallel.mesh import make_mesh  # sizes that no product of the slice's axes has\n"
+        "assert make_mesh(c.MeshConfig(2, 32, 1), get_topology('v6e:8x8').devices).size == 64\n"
         "print('splash' in plan.programs['update'].text, plan.fits)\n"
     )
     assert in_process(["-c", script]).split() == ["True", "True"]
@@ -332,3 +334,21 @@ def test_search_orders_candidates_without_compiling():
     assert 0 < len(found) < len(list(candidates(config, 8)))
     assert all(x.mesh.data * x.mesh.fsdp * x.mesh.tensor == 8 for x in found)
     assert not any(x.model.remat == "none" and x.train.micro_batch == 64 for x in found), "what the backward pass needs is too large"
+
+
+def test_search_ranks_what_fits(monkeypatch):
+    """What does not fit goes on until enough fit; the ranking is by time, with what does not fit last."""
+    from opsa_jax.planning import search
+
+    class Fake:
+        def __init__(self, number):
+            self.fits, self.serial_seconds, self.peak = number in (1, 3), 10.0 - number, 1
+
+    numbers = iter(range(8))
+    monkeypatch.setattr(search, "promising", lambda config, topology: [c.RunConfig(mesh=c.MeshConfig(fsdp=n)) for n in range(8)])
+    monkeypatch.setattr(search, "make_plan", lambda candidate, topology, say: Fake(next(numbers)))
+    found = search.search(c.RunConfig(), get_topology("cpu:8"), 2, lambda line: None)
+    assert [p.serial_seconds for p in found] == [7.0, 9.0, 8.0, 10.0]
+    monkeypatch.setattr(search, "promising", lambda config, topology: [])
+    with pytest.raises(UserError, match="larger topology"):
+        search.search(c.RunConfig(), get_topology("cpu:8"), 2, lambda line: None)
