@@ -22,6 +22,8 @@ def show(plan: Plan, console: Console) -> None:
     )
     console.print(_memory(plan))
     console.print(verdict(plan))
+    if not plan.fits:
+        console.print("          try more fsdp or tensor, smaller --train.micro-batch, --model.remat full, or --search")
     for name, program in plan.programs.items():
         if program.collectives:
             console.print(_collectives(plan, name))
@@ -38,10 +40,7 @@ def verdict(plan: Plan) -> str:
     worst = max(plan.peaks, key=lambda name: plan.peaks[name])
     if plan.fits:
         return f"fits      peak {plan.peak / GIB:.2f} of {plan.limit / GIB:.2f} GiB per device ({worst}), {margin:.2f} GiB free"
-    return (
-        f"DOES NOT FIT: {worst} needs {plan.peak / GIB:.2f} GiB per device of {plan.limit / GIB:.2f}, {-margin:.2f} GiB too much; "
-        "try more fsdp or tensor, smaller --train.micro-batch, --model.remat full, or --search"
-    )
+    return f"DOES NOT FIT: {worst} needs {plan.peak / GIB:.2f} GiB per device of {plan.limit / GIB:.2f}, {-margin:.2f} GiB too much"
 
 
 def _memory(plan: Plan) -> Table:
