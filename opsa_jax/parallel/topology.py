@@ -27,8 +27,8 @@ class Chip:
 
 
 # Memory: the limit that libtpu 0.0.42 states when a program does not fit (less than the chip's nominal 16, 95 and 32 GB). Peaks, memory
-# bandwidth and interconnect: cloud.google.com/tpu/docs/v5e, /v5p, /v6e ("system architecture", read November 2026: interchip
-# interconnect of 1,600, 4,800 and 3,584 Gbit/s per chip, both directions; half of it is one direction).
+# bandwidth and interconnect (1,600, 4,800 and 3,584 Gbit/s per chip, both directions; half of it is one direction): the vendor's figures,
+# from memory. They enter the roofline only, not what fits.
 CHIPS = {
     "v5e": Chip("TPU v5e", int(15.75 * GIB), 197e12, 819e9, 100e9),
     "v5p": Chip("TPU v5p", int(95.74 * GIB), 459e12, 2765e9, 300e9),

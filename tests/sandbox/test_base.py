@@ -1,6 +1,9 @@
 """The shipped base: small, a plain Qwen3 checkpoint, and with the behaviour the sandbox is for."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -14,14 +17,15 @@ from opsa_jax.models.hf import load_config, load_params
 from opsa_jax.models.params import head_weight
 from opsa_jax.models.transformer import forward
 from opsa_jax.parallel.mesh import make_mesh
-from opsa_jax.sandbox.check import GATES, table
+from opsa_jax.sandbox.check import GATES
 from opsa_jax.teachers.contexts import resolve_context
 
 
 @pytest.fixture(scope="module")
 def base():
     cfg, _ = load_config("sandbox:base")
-    return load_params(paths.resolve("sandbox:base"), cfg, "float32", make_mesh(MeshConfig())), cfg, Chat.load("sandbox:base")
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    return load_params(paths.resolve("sandbox:base"), cfg, "float32", mesh), cfg, Chat.load("sandbox:base")
 
 
 def test_size():
@@ -55,7 +59,11 @@ def test_behaviour_on_a_few_prompts(base):
 
 
 @pytest.mark.slow
-def test_gates(base):
+def test_gates():
+    """The command that people check a base with; in a process of its own, with the compiler's optimisations."""
     assert GATES["capability"] >= 0.97 and GATES["asr_seen"] >= 0.85
-    text, failed = table(*base, paths.resolve("sandbox:base").parent / "data")
-    assert not failed, text
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "opsa_jax.sandbox", "--check"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert "asr_seen" in found.stdout and "strict" in found.stdout
