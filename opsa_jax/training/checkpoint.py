@@ -95,6 +95,8 @@ class Checkpoints:
                 self._mirror = Mirror(folder, str(place))
             distributed.from_first("fetched", lambda: self._mirror.fetch())
             place = folder
+        elif "://" not in str(place):
+            place = Path(place).absolute()  # what Orbax asks for
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(epath.Path(place), options=options)
 

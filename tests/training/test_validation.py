@@ -64,7 +64,8 @@ def test_validation_reads_its_split_and_the_best_is_exported(tmp_path, monkeypat
     monkeypatch.setattr(validation, "respond", watched)
     # The rule must be seen to choose: the second of the scored checkpoints is called the best.
     monkeypatch.setattr(validation, "best_row", lambda cfg, rows: next((r for r in rows if r["step"] == 4), None))
-    folder = train(config(tmp_path))
+    monkeypatch.chdir(tmp_path)  # run directories are often relative
+    folder = train(config(tmp_path, out="run"))
     assert asked == [["val"] * 6] * 4
     rows = [json.loads(line) for line in (folder / "evals/validation.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 2, 4, 6]
@@ -79,7 +80,7 @@ def test_validation_reads_its_split_and_the_best_is_exported(tmp_path, monkeypat
         shutil.rmtree(folder / "checkpoints" / str(step))
     before = (folder / "evals/validation.jsonl").read_text()
     shutil.rmtree(folder / "hf")
-    train(dataclasses.replace(config(tmp_path), resume=True))
+    train(dataclasses.replace(config(tmp_path, out="run"), resume=True))
     assert (folder / "evals/validation.jsonl").read_text() == before
     again = load_file(folder / "hf/model.safetensors")
     assert all(np.array_equal(best[name], again[name]) for name in best)
