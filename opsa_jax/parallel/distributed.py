@@ -164,26 +164,37 @@ def from_first(name: str, compute: Callable[[], T]) -> T:
             raise
         store.key_value_set(key, json.dumps({"value": value}))
         return value
-    while True:
-        # In short waits, so that Ctrl-C and the watch are heard: an evaluation or a download on process 0 may take long.
-        with contextlib.suppress(Exception):
-            found = json.loads(store.blocking_key_value_get(key, 2000))
-            break
+    found = json.loads(_await(store, key))
     if "error" in found:
         raise UserError(found["error"])
     return found["value"]
 
 
+def _await(store, key: str) -> str:
+    """The value of a key, once a process has set it."""
+    while True:
+        # In short waits, so that Ctrl-C and the watch are heard: an evaluation or a download on process 0 may take long.
+        with contextlib.suppress(Exception):
+            return store.blocking_key_value_get(key, 2000)
+
+
 def check_same(name: str, value: str, what: str) -> None:
-    """All processes must have the same `value`.
+    """All processes must have the same `value`; none goes on before all have found that they do.
 
     Raises:
-        UserError: on those that differ from process 0.
+        UserError: on those that differ from process 0. The others are ended by it (`running`) while they wait here.
     """
-    if from_first(f"same/{name}", lambda: value) != value:
-        import jax
+    store = client()
+    if store is None:
+        return
+    import jax
 
+    if from_first(f"same/{name}", lambda: value) != value:
         raise UserError(f"process {jax.process_index()} was started with another {what} than process 0; start all with the same command")
+    key = f"opsa/same/{next(_calls)}/{name}"
+    store.key_value_set(f"{key}/{jax.process_index()}", "same")
+    for process in range(jax.process_count()):
+        _await(store, f"{key}/{process}")
 
 
 @contextlib.contextmanager
