@@ -6,7 +6,6 @@
 
 import dataclasses
 import sys
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -143,11 +142,11 @@ def _write(engine: "Engine", wanted: list[tuple[Any, int, list[int]]], rows: "Ro
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from opsa_jax.rollout.sampler import row_keys
+    from opsa_jax.rollout.sampler import id_numbers, row_keys
 
     if not wanted:
         return
-    numbers_N = np.array([zlib.crc32(r.id.encode()) & 0x7FFFFFFF for r, _, _ in wanted], np.int32)
+    numbers_N = id_numbers(r.id for r, _, _ in wanted)
     keys_N = row_keys(jax.random.key(seed), "generate", 0, numbers_N, np.array([i for _, i, _ in wanted], np.int32))
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()

@@ -9,7 +9,6 @@ refused, complied and empty answers add up to one; explained ones are part of th
 
 import functools
 import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -226,7 +225,7 @@ def probe_model(
 
     from opsa_jax.rollout.engine import Engine
     from opsa_jax.rollout.filters import Sampling
-    from opsa_jax.rollout.sampler import row_keys
+    from opsa_jax.rollout.sampler import id_numbers, row_keys
 
     if samples < 1 or prompts < 1:
         raise UserError(f"collapse probes with {samples} samples of {prompts} prompts: both must be at least 1")
@@ -234,7 +233,7 @@ def probe_model(
     contexts = list(contexts)[:prompts] or [""] * len(records)
     encoded = [chat.encode(r.prompt, c, placement, r.system) for r, c in zip(records, contexts, strict=True)]
     rows = [(i, s) for i in range(len(records)) for s in range(samples)]
-    numbers_N = np.array([zlib.crc32(records[i].id.encode()) & 0x7FFFFFFF for i, _ in rows], np.int32)
+    numbers_N = id_numbers(records[i].id for i, _ in rows)
     keys_N = row_keys(jax.random.key(seed), "collapse", 0, numbers_N, np.array([s for _, s in rows], np.int32))
     engine = Engine(params, cfg, Sampling(temperature=temperature), chat.stop_ids, max_new_tokens, batch)
     drawn = engine.run([encoded[i] for i, _ in rows], keys_N, progress)

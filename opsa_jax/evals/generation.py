@@ -1,7 +1,6 @@
 """Responses to evaluation records, written one by one as they end, so that a stopped evaluation goes on where it was."""
 
 import json
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.params import Params
 from opsa_jax.rollout.engine import Engine
 from opsa_jax.rollout.filters import Sampling
-from opsa_jax.rollout.sampler import row_keys
+from opsa_jax.rollout.sampler import id_numbers, row_keys
 
 SANDBOX_ROOM = 64
 Progress = Callable[[int, int, str], None]
@@ -139,7 +138,7 @@ def _responses(subject: Subject, engine: Engine, items: Sequence[tuple[Record, i
     chat, opened = subject.chat, subject.opened
     prefills = chat.encode_texts([r.extra.get("prefill", "") for r, _ in items])
     prompts = [[*p, *f.tolist()] for p, f in zip(_prompts(subject, [r for r, _ in items]), prefills, strict=True)]
-    numbers_N = np.array([zlib.crc32(r.id.encode()) & 0x7FFFFFFF for r, _ in items], np.int32)
+    numbers_N = id_numbers(r.id for r, _ in items)
     keys_N = row_keys(jax.random.key(seed), "evaluate", 0, numbers_N, np.array([s for _, s in items], np.int32))
     for n, response in engine.stream(prompts, keys_N):
         record, sample = items[n]

@@ -1,6 +1,5 @@
 """Runs a suite on a model with the engine that `generate` uses: the same tokens as the sampler of training, slots refilled."""
 
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.params import Params
 from opsa_jax.rollout.engine import Engine
 from opsa_jax.rollout.filters import Sampling
-from opsa_jax.rollout.sampler import row_keys
+from opsa_jax.rollout.sampler import id_numbers, row_keys
 
 
 def evaluate(
@@ -72,7 +71,7 @@ def respond(
     """One response per record; where the record has a `prefill`, the response starts with it."""
     prefills = [chat.encode_texts([r.extra.get("prefill", "")])[0] for r in records]
     prompts = [[*prompt, *prefill] for prompt, prefill in zip(prompts, prefills, strict=True)]
-    numbers_N = np.array([zlib.crc32(r.id.encode()) & 0x7FFFFFFF for r in records], np.int32)
+    numbers_N = id_numbers(r.id for r in records)
     keys_N = row_keys(jax.random.key(seed), "evaluate", 0, numbers_N, np.zeros(len(records), np.int32))
     sampling = Sampling(temperature=evals.temperature, top_k=evals.top_k, top_p=evals.top_p)
     engine = Engine(params, cfg, sampling, chat.stop_ids, evals.max_new_tokens or SANDBOX_ROOM, evals.batch)

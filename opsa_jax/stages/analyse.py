@@ -1,7 +1,6 @@
 """What `python -m opsa_jax.analyse` does: models, prompts and the base's responses first, then one analysis after another."""
 
 import dataclasses
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from opsa_jax.objectives.objective import needs_teacher
 from opsa_jax.parallel.mesh import make_mesh
 from opsa_jax.rollout.engine import Engine
 from opsa_jax.rollout.filters import Sampling
-from opsa_jax.rollout.sampler import row_keys
+from opsa_jax.rollout.sampler import id_numbers, row_keys
 from opsa_jax.teachers.steering import load_steering
 from opsa_jax.training import rundir, supervision
 from opsa_jax.training.setup import Checkpoint, open_checkpoint
@@ -218,7 +217,7 @@ def encode(bench: Bench, kind: str, records: Sequence[Record]) -> list[Rollout]:
 def respond(bench: Bench, name: str, params: Params, rows: Sequence[Rollout], sampling: Sampling, room: int, purpose: str) -> list[Rollout]:
     """The rows with responses of a model."""
     view = bench.view(name, params, rows)
-    numbers_N = np.array([zlib.crc32(r.record.id.encode()) & 0x7FFFFFFF for r in rows], np.int32)
+    numbers_N = id_numbers(r.record.id for r in rows)
     keys_N = row_keys(jax.random.key(bench.config.seed), purpose, 0, numbers_N, np.zeros_like(numbers_N))
     engine = Engine(params, view.cfg, sampling, bench.chat.stop_ids, room, bench.config.batch, view.steer_LD)
     drawn = engine.run(view.prompts, keys_N)

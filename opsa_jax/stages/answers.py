@@ -6,7 +6,6 @@ is written whole at the end.
 
 import hashlib
 import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from opsa_jax.parallel.mesh import make_mesh
 from opsa_jax.rollout.engine import Engine
 from opsa_jax.rollout.filters import Sampling
 from opsa_jax.rollout.rows import RowFile
-from opsa_jax.rollout.sampler import row_keys
+from opsa_jax.rollout.sampler import id_numbers, row_keys
 from opsa_jax.training.rundir import write_json
 from opsa_jax.training.setup import open_checkpoint
 
@@ -133,7 +132,7 @@ class Shop:
 
     def _sample(self, stage: str, path: str, wanted: list[tuple[str, int, list[int]]], rows: RowFile, marks: Mapping[str, str]) -> None:
         cfg, chat, _ = self._models[path]
-        numbers_N = np.array([zlib.crc32(i.encode()) & 0x7FFFFFFF for i, _, _ in wanted], np.int32)
+        numbers_N = id_numbers(i for i, _, _ in wanted)
         keys_N = row_keys(jax.random.key(self.cfg.seed), f"answers {stage}", 0, numbers_N, np.array([s for _, s, _ in wanted], np.int32))
         with jax.set_mesh(self.mesh), self.bar(stage, len(wanted)) as progress:
             engine = Engine(self._params(path), cfg, self.sampling, chat.stop_ids, self.cfg.max_new_tokens, self.cfg.batch)

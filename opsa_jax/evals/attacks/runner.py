@@ -1,7 +1,6 @@
 """Runs attacks on one model: all attempts of a round through one engine, every row on disk before it is used."""
 
 import json
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from opsa_jax.models.params import Params
 from opsa_jax.rollout.engine import Engine
 from opsa_jax.rollout.filters import Sampling
 from opsa_jax.rollout.rows import RowFile
-from opsa_jax.rollout.sampler import row_keys
+from opsa_jax.rollout.sampler import id_numbers, row_keys
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class Runner:
             return
         chat = self.target.chat
         ids = [self.target.prompt_ids(a) for a in attempts]
-        numbers_N = np.array([zlib.crc32(a.id.encode()) & 0x7FFFFFFF for a in attempts], np.int32)
+        numbers_N = id_numbers(a.id for a in attempts)
         samples_N = np.array([a.sample for a in attempts], np.int32)
         keys_N = row_keys(jax.random.key(self._asking.seed), f"attack {name}", 0, numbers_N, samples_N)
         for n, (i, response) in enumerate(self.engine.stream([[*p, *f] for p, f in ids], keys_N), 1):

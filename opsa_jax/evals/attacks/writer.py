@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +17,7 @@ from opsa_jax.models.params import Params
 from opsa_jax.rollout.engine import Engine
 from opsa_jax.rollout.filters import Sampling
 from opsa_jax.rollout.rows import RowFile
-from opsa_jax.rollout.sampler import row_keys
+from opsa_jax.rollout.sampler import id_numbers, row_keys
 
 
 class Writer(Protocol):
@@ -53,7 +52,7 @@ class EngineWriter:
         missing = {k: a for k, a in zip(keys, asks, strict=True) if k not in self._known}
         names, prompts = list(missing), [self._prompt(a) for a in missing.values()]
         if names:
-            numbers_N = np.array([zlib.crc32(key.encode()) & 0x7FFFFFFF for key, _ in names], np.int32)
+            numbers_N = id_numbers(key for key, _ in names)
             keys_N = row_keys(jax.random.key(self._seed), "attacker", 0, numbers_N, np.array([s for _, s in names], np.int32))
             opened = self._chat.opening().rstrip().endswith("<think>")
             for i, response in self._engine.stream(prompts, keys_N):
