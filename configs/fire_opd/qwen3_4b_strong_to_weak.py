@@ -3,9 +3,10 @@
 Command:  python -m opsa_jax.train configs/fire_opd/qwen3_4b_strong_to_weak.py
 Data:     data/deepmath.jsonl with id and prompt: DeepMath problems of level 6 and above (the labels are not used: --data.sources.0.label
           benign is set in the recipe).
-Teacher:  the paper's is Qwen3-30B-A3B-Instruct, a mixture of experts, which this library does not load; Qwen3-8B stands in. Its padded
-          vocabulary and width may differ from the student's; the tokenizer may not.
-Devices:  sixteen 80 GB GPUs, or a v5p:4x4x4 slice; responses are up to 16,384 tokens
+Teacher:  Qwen3-30B-A3B-Instruct-2507, a mixture of experts (3.3 of 30.5 billion weights work on a token), as in the paper. It only scores
+          what the student writes. A teacher's padded vocabulary and width may differ from the student's; the tokenizer may not.
+          With less memory: --teacher.path Qwen/Qwen3-8B.
+Devices:  a v5p:4x4x4 slice, or sixty-four 80 GB GPUs; responses are up to 16,384 tokens
 Expected: +6.25 points on AIME24 over token-level rivals with the paper's teacher; not reproduced here: no such machine was available.
 Variants: --objective.loss divergence --objective.divergence reverse is the exact form (lower variance, the same expected gradient when
           only reweighting); --objective.filter.kind none is what the published code does (its quantile is taken in micro-batches of
@@ -19,7 +20,7 @@ def get_config() -> c.RunConfig:
     return c.RunConfig(
         out="runs/fire-qwen3_4b_strong_to_weak",
         model=c.ModelConfig(path="Qwen/Qwen3-4B", thinking="off", remat="full"),
-        teacher=c.TeacherConfig(weights="checkpoint", path="Qwen/Qwen3-8B", context_harmful="", context_benign=""),
+        teacher=c.TeacherConfig(weights="checkpoint", path="Qwen/Qwen3-30B-A3B-Instruct-2507", context_harmful="", context_benign=""),
         data=c.DataConfig(
             sources=(c.SourceConfig(path="data/deepmath.jsonl", label="benign"),),
             max_prompt_tokens=2048,

@@ -1,8 +1,8 @@
 """Architecture of a decoder, read from and written to Hugging Face `config.json`.
 
-One set of fields serves Qwen3, Qwen2/2.5 (and R1-Distill-Qwen), Llama 2/3.x (and R1-Distill-Llama) and Mistral: families differ by
-values, not by code. Every field of `config.json` is either implemented, required to have the one value we compute, or known
-not to change the maths; anything else is refused by name.
+One set of fields serves Qwen3 (dense and mixture of experts), Qwen2/2.5 (and R1-Distill-Qwen), Llama 2/3.x (and R1-Distill-Llama) and
+Mistral: families differ by values, not by code. Every field of `config.json` is either implemented, required to have the one value
+we compute, or known not to change the maths; anything else is refused by name.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class DecoderConfig:
     """A decoder. Frozen and hashable: a static argument of every jitted function, so a changed field is a new program."""
 
     family: str
-    """model_type of Hugging Face: qwen3, qwen2, llama or mistral."""
+    """model_type of Hugging Face: qwen3, qwen3_moe, qwen2, llama or mistral."""
     vocab_size: int
     d_model: int
     n_layers: int
@@ -36,6 +36,7 @@ class DecoderConfig:
     n_kv_heads: int
     head_dim: int
     d_ff: int
+    """Width of the feed-forward; of each expert where there are experts."""
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
@@ -47,6 +48,11 @@ class DecoderConfig:
     mlp_bias: bool = False
     windows: tuple[int, ...] = ()
     """Sliding window of each layer in tokens, 0 for full attention; empty when all layers are full."""
+    n_experts: int = 0
+    """Experts of every feed-forward; 0 is a dense one."""
+    experts_per_token: int = 0
+    normalize_router: bool = False
+    """Divide the chosen experts' probabilities by their sum (norm_topk_prob)."""
     compute_dtype: str = "float32"
     """Execution, not architecture: dtype of matrix products."""
     remat: str = "none"
@@ -61,17 +67,27 @@ class DecoderConfig:
         """Number of weights, counted by hand from the architecture."""
         d, h = self.d_model, self.head_dim
         qkv, o = (self.n_heads + 2 * self.n_kv_heads) * h, self.n_heads * h
-        block = d * qkv + o * d + 3 * d * self.d_ff + 2 * d
+        block = d * qkv + o * d + 3 * d * self.d_ff * (self.n_experts or 1) + d * self.n_experts + 2 * d
         block += 2 * h * self.qk_norm + qkv * self.qkv_bias + d * self.o_bias + (2 * self.d_ff + d) * self.mlp_bias
         return self.n_layers * block + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
 
 
 EXECUTION = ("compute_dtype", "remat", "scan_unroll", "attention")
 """Fields of `DecoderConfig` that say how it is computed, not what."""
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
 # What transformers assumes where config.json is silent and the families differ.
 _SILENT: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3_moe": {
+        **{"num_key_value_heads": 4, "sliding_window": 4096, "moe_intermediate_size": 768},
+        **{"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False},
+    },
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -83,6 +99,8 @@ _MUST_BE: dict[str, tuple] = {
     "rope_interleaved": (False,),
     "partial_rotary_factor": (None, 1.0),
     "quantization_config": (None,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,),
@@ -119,12 +137,14 @@ _NO_EFFECT = {
         "rope_ratio",
         "is_llama_config",
     ),
+    *("output_router_logits", "router_aux_loss_coef"),
     *("unsloth_fixed", "unsloth_version", "language", "license", "model_max_length", "tokenizer_class", "prefix", "suffix"),
 }
 _IMPLEMENTED = {
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "attention_bias"),
     *("mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
 }
 
 
@@ -146,13 +166,18 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> DecoderConfig:
         if name not in hf:
             raise UserError(f"{where}: field {name!r} is missing")
     hf = _SILENT[family] | hf
+    if family == "qwen3_moe":
+        hf["num_experts"] = hf.get("num_local_experts", hf["num_experts"])  # as transformers 5 spells it
     n_heads, d_model = hf["num_attention_heads"], hf["hidden_size"]
     hf["num_key_value_heads"] = n_kv_heads = hf.get("num_key_value_heads") or n_heads
-    for name in (*_SIZES, "num_key_value_heads"):
+    expert_sizes = ("num_experts", "num_experts_per_tok", "moe_intermediate_size") if family == "qwen3_moe" else ()
+    for name in (*_SIZES, "num_key_value_heads", *expert_sizes):
         if not isinstance(hf[name], int) or hf[name] < 1:
             raise UserError(f"{where}: {name}={hf[name]!r} is not a positive integer")
     if n_heads % n_kv_heads:
         raise UserError(f"{where}: num_key_value_heads={n_kv_heads} does not divide num_attention_heads={n_heads}")
+    if expert_sizes and hf["num_experts_per_tok"] > hf["num_experts"]:
+        raise UserError(f"{where}: num_experts_per_tok={hf['num_experts_per_tok']} is more than num_experts={hf['num_experts']}")
     return DecoderConfig(
         family=family,
         vocab_size=hf["vocab_size"],
@@ -161,14 +186,16 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> DecoderConfig:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=hf.get("head_dim") or d_model // n_heads,
-        d_ff=hf["intermediate_size"],
+        d_ff=hf["moe_intermediate_size" if expert_sizes else "intermediate_size"],
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tie_embeddings=hf.get("tie_word_embeddings", False),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         qkv_bias=family == "qwen2" or hf.get("attention_bias", False),
         o_bias=family != "qwen2" and hf.get("attention_bias", False),
         mlp_bias=hf.get("mlp_bias", False),
         windows=_windows(hf, where),
+        **({"n_experts": hf["num_experts"], "experts_per_token": hf["num_experts_per_tok"]} if expert_sizes else {}),
+        normalize_router=bool(expert_sizes and hf["norm_topk_prob"]),
         **_rope(hf, where),
     )
 
@@ -194,10 +221,13 @@ def _rope(hf: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _windows(hf: dict[str, Any], where: str) -> tuple[int, ...]:
-    """Per-layer windows: all layers in Mistral; in Qwen those listed in `layer_types`, or the ones from `max_window_layers` on."""
+    """Per-layer windows: all layers or none in Mistral and Qwen3-MoE; in other Qwen those listed in `layer_types`, or the ones from
+    `max_window_layers` on."""
     family, n_layers, size = hf["model_type"], hf["num_hidden_layers"], hf.get("sliding_window")
     if family == "mistral":
         sliding = [size is not None] * n_layers
+    elif family == "qwen3_moe":
+        sliding = [hf.get("use_sliding_window", False) and size is not None] * n_layers
     elif family in ("qwen2", "qwen3") and hf.get("use_sliding_window", False) and size is not None:
         types = hf.get("layer_types")
         sliding = [t == "sliding_attention" for t in types] if types else [i >= hf["max_window_layers"] for i in range(n_layers)]
@@ -235,7 +265,10 @@ def to_hf(cfg: DecoderConfig) -> dict[str, Any]:
         if scaling.kind == "llama3":
             hf["rope_scaling"] |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
             hf["rope_scaling"] |= {"original_max_position_embeddings": scaling.original_max_position}
-    if cfg.family in ("llama", "qwen3"):
+    if cfg.family == "qwen3_moe":
+        hf |= {"num_experts": cfg.n_experts, "num_experts_per_tok": cfg.experts_per_token, "moe_intermediate_size": cfg.d_ff}
+        hf |= {"norm_topk_prob": cfg.normalize_router, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    if cfg.family in ("llama", "qwen3", "qwen3_moe"):
         hf["attention_bias"] = cfg.qkv_bias
     if cfg.family == "llama":
         hf["mlp_bias"] = cfg.mlp_bias

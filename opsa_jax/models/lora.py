@@ -34,7 +34,7 @@ def declare_lora(cfg: DecoderConfig, lora: LoraConfig) -> dict[str, Lora]:
     PEFT stores lora_A as [r, in] and lora_B as [out, r].
 
     Raises:
-        UserError: an unknown target, or rank below 1.
+        UserError: an unknown target, one that the architecture does not have, or rank below 1.
     """
     if lora.rank < 1:
         raise UserError(f"LoRA rank {lora.rank} is not valid; allowed: 1 and above")
@@ -44,7 +44,10 @@ def declare_lora(cfg: DecoderConfig, lora: LoraConfig) -> dict[str, Lora]:
         if target not in TARGETS:
             raise UserError(f"no LoRA target {target!r}{did_you_mean(target, TARGETS)}")
         field, inputs, _ = TARGETS[target]
-        w: Weight = getattr(layers, field)
+        w: Weight | None = getattr(layers, field)
+        if w is None:
+            there = [t for t, (f, *_) in TARGETS.items() if getattr(layers, f) is not None]
+            raise UserError(f"LoRA target {target!r}: feed-forwards of experts have no adapters; allowed: {', '.join(there)}")
         split = 1 + inputs
         key = "base_model.model." + w.hf_key.removesuffix("weight")
         a_in, b_out = w.shape[1:split], w.shape[split:]

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
@@ -18,28 +19,33 @@ from opsa_jax.parallel.rules import named
 
 @dataclass(frozen=True)
 class Weight:
-    """Declaration of one weight. Block weights carry the leading layer axis."""
+    """Declaration of one weight. Block weights carry the leading layer axis, those of experts the axis of experts behind it."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     """Logical axis of each dimension (parallel/rules.py)."""
     hf_key: str
-    """Key in the checkpoint; `{l}` stands for the layer number of stacked weights."""
+    """Key in the checkpoint; `{l}` and `{e}` stand for the numbers of layer and expert of stacked weights."""
     split: tuple[int, ...] = ()
     """The stored tensor reshaped to this (its own shape when empty) ..."""
     perm: tuple[int, ...] = ()
-    """... and transposed like this is our weight (one layer of it when stacked)."""
+    """... and transposed like this is our weight (one layer, or one expert of a layer, of it when stacked)."""
     init: str = "normal"
     """normal (standard deviation 0.02), ones, zeros or (adapters) kaiming."""
 
     @property
-    def stacked(self) -> bool:
-        return self.axes[0] == "layers"
+    def stack(self) -> tuple[int, ...]:
+        """Leading dimensions over which the checkpoint has one tensor each: (), (layers,) or (layers, experts)."""
+        return self.shape[: sum(axis in ("layers", "experts") for axis in self.axes[:2])] if self.axes[0] == "layers" else ()
 
     @property
     def hf_keys(self) -> list[str]:
-        """Keys in the checkpoint: one, or one per layer."""
-        return [self.hf_key.format(l=l) for l in range(self.shape[0])] if self.stacked else [self.hf_key]
+        """Keys in the checkpoint, in the order of `stack`.
+
+        >>> Weight((2, 2, 8, 4), ("layers", "experts", "embed", "ffn"), "{l}.{e}").hf_keys
+        ['0.0', '0.1', '1.0', '1.1']
+        """
+        return [self.hf_key.format(l=index[0] if index else "", e=index[-1] if index else "") for index in np.ndindex(self.stack)]
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -48,7 +54,7 @@ class Weight:
         >>> Weight((2, 8, 4, 3), ("layers", "embed", "heads", "head_dim"), "{l}", split=(4, 3, 8), perm=(2, 0, 1)).stored_shape
         (12, 8)
         """
-        shape, axes = (self.shape[1:], self.axes[1:]) if self.stacked else (self.shape, self.axes)
+        shape, axes = self.shape[len(self.stack) :], self.axes[len(self.stack) :]
         stored: list[int] = []
         previous = None
         for i in sorted(range(len(shape)), key=lambda i: self.perm[i] if self.perm else i):
@@ -89,9 +95,13 @@ class Layers:
     wv_LDKH: Any
     wo_LNHD: Any
     mlp_norm_LD: Any
-    gate_LDF: Any
-    up_LDF: Any
-    down_LFD: Any
+    gate_LDF: Any = None
+    up_LDF: Any = None
+    down_LFD: Any = None
+    router_LDE: Any = None
+    gate_LEDF: Any = None
+    up_LEDF: Any = None
+    down_LEFD: Any = None
     bq_LNH: Any = None
     bk_LKH: Any = None
     bv_LKH: Any = None
@@ -124,6 +134,21 @@ def declare(cfg: DecoderConfig) -> Params:
     def block(shape, axes, key, split=(), perm=(), init="normal") -> Weight:
         return Weight((L, *shape), ("layers", *axes), f"model.layers.{{l}}.{key}", split, perm, init)
 
+    if E := cfg.n_experts:
+        expert = "mlp.experts.{e}"
+        feed_forward = {
+            "router_LDE": block((D, E), ("embed", "experts"), "mlp.gate.weight", perm=(1, 0)),
+            "gate_LEDF": block((E, D, F), ("experts", "embed", "ffn"), f"{expert}.gate_proj.weight", perm=(1, 0)),
+            "up_LEDF": block((E, D, F), ("experts", "embed", "ffn"), f"{expert}.up_proj.weight", perm=(1, 0)),
+            "down_LEFD": block((E, F, D), ("experts", "ffn", "embed"), f"{expert}.down_proj.weight", perm=(1, 0)),
+        }
+    else:
+        feed_forward = {
+            "gate_LDF": block((D, F), ("embed", "ffn"), "mlp.gate_proj.weight", perm=(1, 0)),
+            "up_LDF": block((D, F), ("embed", "ffn"), "mlp.up_proj.weight", perm=(1, 0)),
+            "down_LFD": block((F, D), ("ffn", "embed"), "mlp.down_proj.weight", perm=(1, 0)),
+        }
+
     def bias(present: bool, shape, axes, key) -> Weight | None:
         return block(shape, axes, key, split=shape, init="zeros") if present else None
 
@@ -137,9 +162,6 @@ def declare(cfg: DecoderConfig) -> Params:
         wv_LDKH=block((D, K, H), ("embed", *kv), "self_attn.v_proj.weight", (K, H, D), (2, 0, 1)),
         wo_LNHD=block((N, H, D), (*heads, "embed"), "self_attn.o_proj.weight", (D, N, H), (1, 2, 0)),
         mlp_norm_LD=norm(True, D, "embed", "post_attention_layernorm.weight"),
-        gate_LDF=block((D, F), ("embed", "ffn"), "mlp.gate_proj.weight", perm=(1, 0)),
-        up_LDF=block((D, F), ("embed", "ffn"), "mlp.up_proj.weight", perm=(1, 0)),
-        down_LFD=block((F, D), ("ffn", "embed"), "mlp.down_proj.weight", perm=(1, 0)),
         bq_LNH=bias(cfg.qkv_bias, (N, H), heads, "self_attn.q_proj.bias"),
         bk_LKH=bias(cfg.qkv_bias, (K, H), kv, "self_attn.k_proj.bias"),
         bv_LKH=bias(cfg.qkv_bias, (K, H), kv, "self_attn.v_proj.bias"),
@@ -149,6 +171,7 @@ def declare(cfg: DecoderConfig) -> Params:
         b_gate_LF=bias(cfg.mlp_bias, (F,), ("ffn",), "mlp.gate_proj.bias"),
         b_up_LF=bias(cfg.mlp_bias, (F,), ("ffn",), "mlp.up_proj.bias"),
         b_down_LD=bias(cfg.mlp_bias, (D,), ("embed",), "mlp.down_proj.bias"),
+        **feed_forward,
     )
     return Params(
         embed_VD=Weight((V, D), ("vocab", "embed"), "model.embed_tokens.weight"),

@@ -1,6 +1,7 @@
 """Trees of declared weights to and from safetensors files, one tensor at a time. Nothing here can run code from a file."""
 
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -112,13 +113,15 @@ def _check_divides(w: Weight, mesh: Mesh) -> None:
 
 
 def _load(stored: dict[str, Stored], w: Weight, dtype, mesh: Mesh) -> jax.Array:
-    if not w.stacked:
-        return _put(_from_stored(stored[w.hf_key].read(), w), dtype, named(mesh, *w.axes))
+    views = (_from_stored(stored[key].read(), w) for key in w.hf_keys)
+    if not w.stack:
+        return _put(next(views), dtype, named(mesh, *w.axes))
     sharding = named(mesh, *w.axes)
     stacked = jnp.zeros(w.shape, dtype, device=sharding)
-    for l, key in enumerate(w.hf_keys):
-        layer = _put(_from_stored(stored[key].read(), w), dtype, named(mesh, *w.axes[1:]))
+    for l in range(w.shape[0]):
+        layer = next(views) if len(w.stack) == 1 else np.stack(list(itertools.islice(views, w.stack[1])))
         # Wait: transfers that queue up would keep their host copies.
+        layer = _put(layer, dtype, named(mesh, *w.axes[1:]))
         stacked = _write_layer(stacked, layer, l, sharding).block_until_ready()
     return stacked
 
@@ -134,12 +137,12 @@ def _write_layer(stacked, layer, l, sharding):
 
 
 @jax.jit
-def _read_layer(stacked, l):
-    return jax.lax.dynamic_index_in_dim(stacked, l, 0, keepdims=False)
+def _read_one(stacked, index):
+    return stacked[index]
 
 
 def _from_stored(tensor: np.ndarray, w: Weight) -> np.ndarray:
-    """One stored tensor as (one layer of) our weight; a view."""
+    """One stored tensor as (one layer, or one expert of a layer, of) our weight; a view."""
     tensor = tensor.reshape(w.split or w.stored_shape)
     return tensor.transpose(w.perm) if w.perm else tensor
 
@@ -182,12 +185,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Part:
-    """One tensor to write: a weight, or one layer of a stacked weight."""
+    """One tensor to write: a weight, or one layer (one expert of a layer) of a stacked weight."""
 
     key: str
     weight: Weight
     array: Any
-    layer: int | None
+    index: tuple[int, ...]
+    """Place in `weight.stack`."""
 
     @property
     def size(self) -> int:
@@ -195,7 +199,7 @@ class _Part:
 
     def gather(self, dtype: str) -> np.ndarray:
         """The stored form on this host; under several processes all take part."""
-        array = self.array if self.layer is None else _read_layer(self.array, self.layer)
+        array = _read_one(self.array, self.index) if self.index else self.array
         if not array.is_fully_addressable:
             array = multihost_utils.process_allgather(array, tiled=True)
         return np.ascontiguousarray(_to_stored(np.asarray(array), self.weight), dtype)
@@ -233,9 +237,8 @@ def _parts(declared, tree) -> list[_Part]:
     """Every tensor of the checkpoint, layer by layer so that a reader of one layer opens one file."""
     pairs: list[tuple[Weight, Any]] = []
     map_weights(lambda w, array: pairs.append((w, array)), declared, tree)
-    whole = [_Part(w.hf_key, w, array, None) for w, array in pairs if not w.stacked]
-    layers = [_Part(key, w, array, l) for w, array in pairs if w.stacked for l, key in enumerate(w.hf_keys)]
-    return whole + sorted(layers, key=lambda part: part.layer)
+    parts = [_Part(key, w, array, index) for w, array in pairs for key, index in zip(w.hf_keys, np.ndindex(w.stack))]
+    return sorted(parts, key=lambda part: part.index[:1])
 
 
 def _plan(parts: list[_Part], itemsize: int, max_bytes: int) -> list[list[_Part]]:

@@ -9,6 +9,7 @@ from flax import struct
 from opsa_jax.models.attention import Visibility, attention
 from opsa_jax.models.cache import KVCache
 from opsa_jax.models.config import DecoderConfig
+from opsa_jax.models.experts import experts_forward
 from opsa_jax.models.layers import project, rms_norm, rope_tables, rotate
 from opsa_jax.models.params import Layers, Params, declare, map_weights
 from opsa_jax.parallel.rules import GATHERED, constrain, gather
@@ -130,11 +131,15 @@ def _block(x_BTD, kv, layer: Layers, index, window, steer_D, *, cfg: DecoderConf
     x_BTD = x_BTD + _without(out_BTD, ablate_D)
 
     h_BTD = rms_norm(x_BTD, layer.mlp_norm_LD, cfg.norm_eps)
+    out_BTD = experts_forward(h_BTD, layer, cfg) if cfg.n_experts else _feed_forward(h_BTD, layer, lora)
+    return x_BTD + _without(constrain(out_BTD, "batch", None, None), ablate_D), kv
+
+
+def _feed_forward(h_BTD, layer: Layers, lora: dict):
     gate_BTF = project(h_BTD, layer.gate_LDF, 1, layer.b_gate_LF, lora.get("gate"))
     up_BTF = project(h_BTD, layer.up_LDF, 1, layer.b_up_LF, lora.get("up"))
     h_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", None, "ffn")
-    out_BTD = constrain(project(h_BTF, layer.down_LFD, 1, layer.b_down_LD, lora.get("down")), "batch", None, None)
-    return x_BTD + _without(out_BTD, ablate_D), kv
+    return project(h_BTF, layer.down_LFD, 1, layer.b_down_LD, lora.get("down"))
 
 
 def _gathered(layer: Layers, cfg: DecoderConfig) -> Layers:

@@ -15,6 +15,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "ffn": "tensor",
     "vocab": "tensor",
+    "experts": None,  # every device has a slice of each: of its width over tensor, of d_model over fsdp
     "layers": None,
     "head_dim": None,
     "rank": None,

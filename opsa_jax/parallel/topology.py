@@ -131,5 +131,3 @@ def _gpu() -> Topology:
     found = next((chip for name, chip in GPUS.items() if name in devices[0].device_kind), None)
     figures = (found.flops, found.hbm_bandwidth, found.ici_bandwidth) if found else (None, None, None)
     return Topology(f"gpu:{len(devices)}", "gpu", Chip(devices[0].device_kind, memory, *figures), devices)
-
-

@@ -57,10 +57,17 @@ class Roofline:
         return max(parts, key=lambda name: parts[name] or 0.0) if self.compute is not None else "unknown"
 
 
-def block_weights(cfg: DecoderConfig) -> int:
-    """Weights of the matrices of one block."""
+def block_weights(cfg: DecoderConfig, experts: int | None = None) -> int:
+    """Weights of the matrices of one block, with this many of its experts (all)."""
     heads = 2 * cfg.n_heads + 2 * cfg.n_kv_heads
-    return cfg.d_model * heads * cfg.head_dim + 3 * cfg.d_model * cfg.d_ff
+    experts = cfg.n_experts if experts is None else experts
+    return cfg.d_model * (heads * cfg.head_dim + 3 * cfg.d_ff * (experts or 1) + cfg.n_experts)
+
+
+def block_widths(cfg: DecoderConfig, tensor: int) -> tuple[int, float]:
+    """Columns of a token between the matrices of a block: whole ones (what experts give back, before their sum), and those of a device."""
+    heads = (2 * cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim
+    return cfg.experts_per_token * cfg.d_model, (heads + 3 * cfg.d_ff * (cfg.experts_per_token or 1)) / tensor
 
 
 def forward_flops(cfg: DecoderConfig, columns: int, cached: int = 0) -> float:
@@ -76,7 +83,7 @@ def forward_flops(cfg: DecoderConfig, columns: int, cached: int = 0) -> float:
         if window and cached + columns > window:
             seen = min(seen, columns * window)
         pairs += seen
-    return 2.0 * block_weights(cfg) * cfg.n_layers * columns + 4.0 * cfg.n_heads * cfg.head_dim * pairs
+    return 2.0 * block_weights(cfg, cfg.experts_per_token) * cfg.n_layers * columns + 4.0 * cfg.n_heads * cfg.head_dim * pairs
 
 
 def head_flops(cfg: DecoderConfig, positions: int) -> float:
@@ -158,7 +165,7 @@ def _pass_bytes(cfg: DecoderConfig, mesh: dict[str, int], rows: int, columns: in
     """One device's traffic of one pass over the blocks: gathered weights once per micro-batch, and each block's arrays in and out."""
     size, tensor = _SIZE[cfg.compute_dtype], mesh["tensor"]
     weights = cfg.n_layers * block_weights(cfg) * size / tensor * micro
-    widths = 4 * cfg.d_model + (2 * cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim / tensor + 3 * cfg.d_ff / tensor
+    widths = 4 * cfg.d_model + sum(block_widths(cfg, tensor))
     tokens = rows * columns / (mesh["data"] * mesh["fsdp"])
     return weights + 2 * tokens * cfg.n_layers * widths * size
 

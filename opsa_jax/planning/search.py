@@ -60,8 +60,8 @@ def promising(config: RunConfig, topology: Topology) -> list[RunConfig]:
 def saved_bytes(config: RunConfig, cfg, mesh: dict[str, int], shapes) -> float:
     """What the forward pass keeps for the backward pass, on one device."""
     tokens = (config.train.micro_batch or config.train.update_batch) / (mesh["data"] * mesh["fsdp"]) * (shapes.prompt + shapes.room)
-    wide = (2 * cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim + 3 * cfg.d_ff
-    kept = {"full": cfg.d_model, "dots": 3 * cfg.d_model + wide / mesh["tensor"], "none": 8 * cfg.d_model + 2 * wide / mesh["tensor"]}
+    whole, wide = costs.block_widths(cfg, mesh["tensor"])
+    kept = {"full": cfg.d_model, "dots": 3 * cfg.d_model + whole + wide, "none": 8 * cfg.d_model + whole + 2 * wide}
     return tokens * cfg.n_layers * kept[config.model.remat] * 2
 
 

@@ -88,7 +88,7 @@ def optimizer(cfg: DecoderConfig, steps: int) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK_LR, min(WARMUP, steps // 4), steps, FINAL * PEAK_LR)
 
     def dimensions(w):
-        if not (w.stacked and w.decays):
+        if not (w.stack and w.decays):
             return None
         inputs = 2 if w.axes[1] == "heads" else 1
         return MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, len(w.shape))))

@@ -57,6 +57,7 @@ def logits_of(params, tokens, mask, **kwargs) -> np.ndarray:
 
 # A changed value of each field that is maths, by whether it changes the declared weights or only what is computed with them.
 WEIGHTS = {"vocab_size": 80, "d_model": 40, "n_layers": 2, "n_heads": 2, "n_kv_heads": 4, "head_dim": 8, "d_ff": 40}
+WEIGHTS |= {"n_experts": 4}
 VALUES = {
     "norm_eps": 1e-2,
     "rope_theta": 200.0,
@@ -75,9 +76,15 @@ VALUES = {
 }
 
 
+# Fields that mean something where there are experts only: changed from EXPERTS.
+EXPERTS = {"n_experts": 4, "experts_per_token": 2, "normalize_router": False}
+EXPERT_VALUES = {"experts_per_token": 3, "normalize_router": True}
+
+
 def test_every_field_is_changed_below():
     fields = {f.name for f in dataclasses.fields(DecoderConfig)} - {"family", *EXECUTION}
-    assert WEIGHTS.keys() | VALUES.keys() == fields | {f"rope_scaling.{f.name}" for f in dataclasses.fields(RopeScaling)}
+    fields |= {f"rope_scaling.{f.name}" for f in dataclasses.fields(RopeScaling)}
+    assert WEIGHTS.keys() | VALUES.keys() | EXPERT_VALUES.keys() == fields
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -102,6 +109,10 @@ def test_every_other_field_moves_the_output():
     for name, changed in VALUES.items():
         after = value(dataclasses.replace(one_layer, **{name.partition(".")[0]: changed}))
         assert np.abs(after - before).max() > 1e-3, name
+    some_experts = dataclasses.replace(one_layer, **EXPERTS)
+    before = value(some_experts)
+    for name, changed in EXPERT_VALUES.items():
+        assert np.abs(value(dataclasses.replace(some_experts, **{name: changed})) - before).max() > 1e-3, name
 
 
 def test_two_segments_in_a_row_equal_two_rows(params):

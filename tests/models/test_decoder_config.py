@@ -41,6 +41,14 @@ PUBLISHED = {
         | {"hidden_size": 4096, "intermediate_size": 12288, "max_window_layers": 36, "num_attention_heads": 32, "num_hidden_layers": 36}
         | {"tie_word_embeddings": False},
     ),
+    "Qwen3-30B-A3B": (
+        30_532_122_624,
+        QWEN3
+        | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "decoder_sparse_step": 1, "hidden_size": 2048}
+        | {"intermediate_size": 6144, "max_window_layers": 48, "mlp_only_layers": [], "moe_intermediate_size": 768}
+        | {"norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48}
+        | {"num_key_value_heads": 4, "output_router_logits": False, "router_aux_loss_coef": 0.001, "tie_word_embeddings": False},
+    ),
     "Qwen2.5-7B": (
         7_615_616_512,
         QWEN
@@ -145,8 +153,11 @@ def test_silent_fields_mean_what_transformers_assumes():
     """A config.json written by hand may leave out what its class has a default for."""
     sizes = {k: SIZES[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
     sizes |= {"num_attention_heads": 32, "hidden_size": 256}
-    for family in ("qwen2", "qwen3", "llama", "mistral"):
+    for family in ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral"):
         ours, theirs = from_hf(sizes | {"model_type": family}), AutoConfig.for_model(family, **sizes)
+        if family == "qwen3_moe":
+            assert (ours.n_experts, ours.experts_per_token, ours.d_ff) == (128, theirs.num_experts_per_tok, theirs.moe_intermediate_size)
+            assert ours.n_experts == theirs.num_experts and ours.normalize_router == theirs.norm_topk_prob
         window = theirs.sliding_window if family == "mistral" else None
         assert ours.n_kv_heads == theirs.num_key_value_heads, family
         assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8), family
@@ -171,6 +182,10 @@ REFUSED = {
     "num_hidden_layers='many'": {"num_hidden_layers": "many"},
     "hidden_size=0 is not a positive integer": {"hidden_size": 0},
     "num_key_value_heads=3 does not divide num_attention_heads=16": {"num_key_value_heads": 3},
+    "mlp_only_layers=[0] changes the maths": {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
+    "decoder_sparse_step=2 changes the maths": {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
+    "num_experts_per_tok=9 is more than num_experts=8": {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 9},
+    "moe_intermediate_size=0 is not a positive integer": {"model_type": "qwen3_moe", "moe_intermediate_size": 0},
 }
 
 

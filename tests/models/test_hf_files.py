@@ -40,6 +40,13 @@ def tied(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    torch_model("qwen3-moe").save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def broken(untied, tmp_path):
     """A copy to damage."""
@@ -68,7 +75,7 @@ def equal_trees(a, b):
 # Export
 
 
-@pytest.mark.parametrize("which", ["tied", "untied"])
+@pytest.mark.parametrize("which", ["tied", "untied", "experts"])
 def test_export_is_what_transformers_writes(which, request, tmp_path):
     source = request.getfixturevalue(which)
     params, cfg = imported(source)
@@ -171,6 +178,27 @@ def test_load_and_save_on_a_mesh_equal_one_device(untied, tmp_path):
     assert {s.data.shape for s in gate.addressable_shards} == {(3, 32 // 4, 48 // 2)}
     save_params(sharded, cfg, tmp_path / "out", "float32")
     equal_trees(imported(tmp_path / "out")[0], params)
+
+
+def test_experts_on_a_mesh_and_in_shards(experts, tmp_path):
+    """The checkpoint has one tensor for each expert of each layer, we have one array."""
+    params, cfg = imported(experts)
+    stored = load_file(experts / "model.safetensors")
+    for l, e in ((0, 7), (2, 3)):
+        gate = stored[f"model.layers.{l}.mlp.experts.{e}.gate_proj.weight"]
+        np.testing.assert_array_equal(params.layers.gate_LEDF[l, e], gate.T)
+    sharded = load_params(experts, cfg, "float32", make_mesh(MeshConfig(data=1, fsdp=4, tensor=2), jax.devices()[:8]))
+    equal_trees(sharded, params)
+    assert {s.data.shape for s in sharded.layers.down_LEFD.addressable_shards} == {(3, 8, 24 // 2, 32 // 4)}
+    save_params(sharded, cfg, tmp_path / "out", "float32", max_shard_bytes=20_000)
+    equal_trees(imported(tmp_path / "out")[0], params)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_missing_expert_is_named(experts, tmp_path):
+    folder = shutil.copytree(experts, tmp_path / "broken")
+    edit(folder, lambda arrays: arrays.pop("model.layers.1.mlp.experts.5.up_proj.weight"))
+    assert "missing from the checkpoint: model.layers.1.mlp.experts.5.up_proj.weight" in import_error(folder)
 
 
 def test_a_mesh_that_does_not_divide_is_named(untied):

@@ -72,7 +72,7 @@ def test_cache_in_two_chunks(twins):
     np.testing.assert_allclose(ours[mask == 1], logits[mask == 1], atol=1e-4)
 
 
-@pytest.mark.parametrize("twins", ["qwen3-tied", "mistral-window"], indirect=True)
+@pytest.mark.parametrize("twins", ["qwen3-tied", "mistral-window", "qwen3-moe"], indirect=True)
 def test_one_token_at_a_time(twins):
     model, params, cfg = twins
     tokens, mask = batch()

@@ -1,5 +1,6 @@
 """Adapters against PEFT, the library whose files they are."""
 
+import dataclasses
 import json
 
 import jax
@@ -144,6 +145,10 @@ def test_user_mistakes(model, tmp_path):
     _, cfg = model
     with pytest.raises(UserError, match="no LoRA target 'q_proj'; allowed: down, gate, k, o, q, up, v"):
         declare_lora(cfg, LoraConfig(rank=4, targets=("q_proj",)))
+    experts = dataclasses.replace(cfg, n_experts=4, experts_per_token=2)
+    with pytest.raises(UserError, match="LoRA target 'up': feed-forwards of experts have no adapters; allowed: q, k, v, o"):
+        declare_lora(experts, LoraConfig(rank=4, targets=("q", "up")))
+    assert declare_lora(experts, LoraConfig(rank=4, targets=("q", "o"))).keys() == {"q", "o"}
     with pytest.raises(UserError, match="rank 0 is not valid"):
         declare_lora(cfg, LoraConfig(rank=0))
     with pytest.raises(UserError, match=r"has no adapter_config.json"):

@@ -39,6 +39,14 @@ MODELS = {
         **{"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 3},
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
+    "qwen3-moe": {
+        **{"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+        "norm_topk_prob": True,
+    },
+    "qwen3-moe-plain": {
+        **{"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        **{"norm_topk_prob": False, "use_sliding_window": True, "sliding_window": 4},
+    },
     "qwen2": {"model_type": "qwen2", "rope_parameters": THETA},
     "qwen2-windows-tied": {
         **{"model_type": "qwen2", "tie_word_embeddings": True},

@@ -34,7 +34,7 @@ from tiny import run_config
 
 PUBLISHED = {
     "qwen3-8b": 8_190_735_360, "qwen3-4b": 4_022_468_096, "r1-distill-qwen-1.5b": 1_777_088_000, "qwen2.5-7b": 7_615_616_512,
-    "llama-3-8b": 8_030_261_248, "r1-distill-llama-8b": 8_030_261_248, "llama-3.2-3b": 3_212_749_824,
+    "qwen3-30b-a3b": 30_532_122_624, "llama-3-8b": 8_030_261_248, "r1-distill-llama-8b": 8_030_261_248, "llama-3.2-3b": 3_212_749_824,
 }  # fmt: skip
 
 
@@ -187,6 +187,10 @@ def test_flops_are_those_of_the_compiled_matrix_products():
     assert parts == costs.forward_flops(cfg, T), "prefill and decoding see the same pairs"
     local = dataclasses.replace(cfg, windows=(16,))
     assert costs.forward_flops(local, T) < costs.forward_flops(cfg, T)
+    experts = dataclasses.replace(cfg, n_experts=64, experts_per_token=4, d_ff=64)
+    router = 2 * cfg.d_model * 64 * T
+    assert costs.forward_flops(experts, T) == costs.forward_flops(cfg, T) + router, "four experts of a quarter of the width each"
+    assert costs.block_weights(experts) == costs.block_weights(cfg) + cfg.d_model * (64 + 3 * 60 * 64)
 
 
 def test_program_too_large_is_a_result():

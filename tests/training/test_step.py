@@ -131,10 +131,33 @@ def test_checkpoint_teacher_with_padded_vocabulary(tmp_path):
     assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0
 
 
+def test_a_student_and_a_teacher_with_experts(tmp_path):
+    """Without context its own teacher gives KL 0, with context the loss falls; as the teacher of a dense student it stays what it is."""
+    experts = make_model(tmp_path / "experts", seed=5, family="qwen3_moe")
+    alone = run_config(tmp_path, model=c.ModelConfig(path=str(experts)), optim=c.OptimConfig(lr=2e-3, warmup=0.0, schedule="constant"))
+    run, state = prepare(dataclasses.replace(alone, teacher=c.TeacherConfig(context_harmful="", context_benign="")))
+    assert updated(run, state, one_rollout(run, state)[1])[1]["loss"] == 0
+    run, state = prepare(alone)
+    _, batch = one_rollout(run, state)
+    losses = []
+    for _ in range(4):
+        state, metrics = updated(run, state, batch)
+        losses.append(float(metrics["loss"]))
+    assert sorted(losses, reverse=True) == losses and 0 < losses[-1] < 0.5 * losses[0]
+
+    teacher = c.TeacherConfig(weights="checkpoint", path=str(experts), context_harmful="", context_benign="")
+    run, state = prepare(run_config(tmp_path, teacher=teacher))
+    before = jax.tree.map(np.array, run.frozen)
+    _, metrics = updated(run, state, one_rollout(run, state)[1])
+    assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0
+    assert largest_difference(run.frozen, before) == 0
+
+
 @pytest.mark.slow
-def test_any_mesh_gives_the_same_update(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_any_mesh_gives_the_same_update(tmp_path, monkeypatch, family):
     """Sampled tokens equal, loss and weights within float32 rounding; weights and moments split over fsdp and tensor."""
-    make_model(tmp_path / "model", heads=(8, 8))
+    make_model(tmp_path / "model", heads=(8, 8), family=family)
     results = []
     for shape in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)):
         devices = jax.devices()[: math.prod(shape)]

@@ -31,9 +31,9 @@ def make_model(folder: Path, seed: int = 0, family: str = "qwen3", vocab_extra: 
     )
     tokenizer.chat_template = TEMPLATE
     rows = -(-len(vocab) // 8) * 8 + vocab_extra
-    cfg = DecoderConfig(
-        family, rows, 16, 2, *heads, 8, 32, qk_norm=family == "qwen3", qkv_bias=family == "qwen2", tie_embeddings=True
-    )
+    experts = {"n_experts": 4, "experts_per_token": 2, "normalize_router": True} if family == "qwen3_moe" else {}
+    qk_norm = family.startswith("qwen3")
+    cfg = DecoderConfig(family, rows, 16, 2, *heads, 8, 32, qk_norm=qk_norm, qkv_bias=family == "qwen2", tie_embeddings=True, **experts)
     rng = np.random.default_rng(seed)
     params = map_weights(lambda w: jnp.asarray(0.12 * rng.normal(size=w.shape) + (w.init == "ones"), jnp.float32), declare(cfg))
     hf.save_params(params, cfg, folder, "float32")
