@@ -144,6 +144,8 @@ class RolloutConfig:
     """Room for the response."""
     samples_per_prompt: int = 1
     """Responses per prompt."""
+    micro_batch: int = 0
+    """Responses that are sampled at a time; 0 is the whole rollout batch. Fewer need less memory for keys and values, and are the same."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ Compile a run ahead of time for devices that need not be here, and say whether i
 
 TPU slices are compiled for by TPU's own compiler (pip install 'opsa_jax[tpu]'; any Linux machine), from shapes alone: no weights, no
 data. The model is --model.path: a preset (qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-30b-a3b, r1-distill-qwen-1.5b,
-r1-distill-llama-8b, qwen2.5-7b, llama-3-8b, llama-3.2-3b), a hub name, or a folder with config.json. Exit code 0: it fits; 1: it does not; 2: bad input."""
+r1-distill-llama-8b, qwen2.5-7b, llama-3-8b, llama-3.2-3b), a hub name, or a folder with config.json. Exit code 0: it fits; 1: it does
+not; 2: bad input."""
 
 
 @dataclass(frozen=True)

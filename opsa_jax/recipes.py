@@ -109,6 +109,8 @@ def validate(config: RunConfig) -> None:
     check(sequences % t.update_batch == 0, "train.update-batch", t.update_batch, f"{whole} = {sequences}")
     micro = t.micro_batch or t.update_batch
     check(micro > 0 and t.update_batch % micro == 0, "train.micro-batch", micro, f"must divide --train.update-batch {t.update_batch}")
+    at_a_time = r.micro_batch or sequences
+    check(at_a_time > 0 and sequences % at_a_time == 0, "rollout.micro-batch", r.micro_batch, f"{whole} = {sequences}")
     check(c.teacher.weights != "checkpoint" or c.teacher.path, "teacher.weights", "checkpoint", "needs --teacher.path")
     check(0 <= c.teacher.ema_decay <= 1, "teacher.ema-decay", c.teacher.ema_decay, "must be between 0 and 1")
     check(bool(c.data.sources), "data.sources", "()", "at least one source is needed")

@@ -32,6 +32,7 @@ def test_flags_set_nested_fields():
         (["--optim.lr"], "Missing value.*--optim.lr"),
         (["--train.update-batch", "7"], "update-batch 7.*32"),
         (["--train.micro-batch", "5"], "micro-batch 5.*32"),
+        (["--rollout.micro-batch", "5"], "rollout.micro-batch 5: must divide the sequences of a rollout batch, .* = 32"),
         (["--objective.mix", "1.5"], "objective.mix 1.5.*between 0 and 1"),
         (["--objective.divergence", "jsd", "--objective.beta", "1"], "objective.beta 1.0.*strictly"),
         (["--rollout.top-p", "0"], "top-p 0.0"),

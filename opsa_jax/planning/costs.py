@@ -14,7 +14,7 @@ from opsa_jax.parallel.topology import Chip
 from opsa_jax.planning.hlo import Collective
 from opsa_jax.planning.programs import Shapes
 from opsa_jax.rollout.sampler import cache_sizes
-from opsa_jax.training.setup import micro_batches
+from opsa_jax.training.setup import micro_batches, rollout_parts
 
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -101,7 +101,8 @@ def rollout_cost(shapes: Shapes, mesh: dict[str, int]) -> Cost:
     for columns in cache_sizes(P, R):  # attention reads the whole room of the stage
         read += (columns - start) * columns * per_column
         start = columns
-    return Cost(flops, flops, R * weights + read, rows * (P + R))
+    times = rollout_parts(shapes.config)
+    return Cost(flops, flops, times * (R * weights + read), rows * (P + R))
 
 
 def writer(shapes: Shapes) -> DecoderConfig:
@@ -115,9 +116,9 @@ def writer_prompt(shapes: Shapes) -> int:
 
 
 def cache_bytes(shapes: Shapes, mesh: dict[str, int], columns: int) -> float:
-    """Keys and values of this many columns on one device."""
+    """Keys and values of this many columns on one device, of the rows that are sampled at a time."""
     cfg = writer(shapes)
-    rows = shapes.rows / (mesh["data"] * mesh["fsdp"])
+    rows = shapes.rows / rollout_parts(shapes.config) / (mesh["data"] * mesh["fsdp"])
     return 2.0 * cfg.n_layers * rows * cfg.n_kv_heads * cfg.head_dim * columns * _SIZE[cfg.compute_dtype] / mesh["tensor"]
 
 

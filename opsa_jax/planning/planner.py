@@ -14,14 +14,13 @@ from opsa_jax.config import RunConfig
 from opsa_jax.errors import UserError, did_you_mean
 from opsa_jax.models import hf
 from opsa_jax.models.config import DecoderConfig
-from opsa_jax.models.params import axis_sizes
 from opsa_jax.objectives.objective import needs_teacher
-from opsa_jax.parallel.mesh import check_mesh, make_mesh
+from opsa_jax.parallel.mesh import make_mesh
 from opsa_jax.parallel.topology import Topology
 from opsa_jax.planning import costs
 from opsa_jax.planning.presets import PRESETS, preset
 from opsa_jax.planning.programs import Program, Shapes, abstract, compile_program, resident
-from opsa_jax.training.setup import micro_batches
+from opsa_jax.training.setup import check_batches, micro_batches
 from opsa_jax.training.supervision import teacher_paths
 
 
@@ -149,8 +148,7 @@ def check_shapes(shapes: Shapes, mesh: Mesh) -> None:
     Raises:
         UserError: naming what does not.
     """
-    micro = shapes.config.train.update_batch // micro_batches(shapes.config)
-    check_mesh(mesh, [pair for cfg in (shapes.cfg, *shapes.teacher_cfgs) for pair in axis_sizes(cfg)], micro, "--train.micro-batch")
+    check_batches(mesh, (shapes.cfg, *shapes.teacher_cfgs), shapes.config)
 
 
 def make_plan(

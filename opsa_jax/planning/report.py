@@ -16,14 +16,15 @@ def show(plan: Plan, console: Console) -> None:
     execution = f"{shapes.cfg.compute_dtype}, remat {c.model.remat}"
     console.print(f"model     {c.model.path}: {shapes.cfg.family}, {shapes.cfg.n_params:,} weights; {execution}")
     console.print(f"devices   {len(plan.topology.devices)} x {chip.name} ({plan.topology.name}), mesh {mesh}")
+    at_a_time = f" {c.rollout.micro_batch} at a time" if c.rollout.micro_batch else ""
     console.print(
-        f"batch     rollout {shapes.rows} x ({shapes.prompt} + {shapes.room}) tokens, update {c.train.update_batch}, "
+        f"batch     rollout {shapes.rows} x ({shapes.prompt} + {shapes.room}) tokens{at_a_time}, update {c.train.update_batch}, "
         f"micro-batch {c.train.micro_batch or c.train.update_batch}, teacher's prompt {shapes.teacher_prompt}"
     )
     console.print(_memory(plan))
     console.print(verdict(plan))
     if not plan.fits:
-        console.print("          try more fsdp or tensor, smaller --train.micro-batch, --model.remat full, or --search")
+        console.print("          try more fsdp or tensor, smaller --train.micro-batch, --rollout.micro-batch, --model.remat full, or --search")
     for name, program in plan.programs.items():
         if program.collectives:
             console.print(_collectives(plan, name))

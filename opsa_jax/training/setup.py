@@ -33,7 +33,7 @@ from opsa_jax.training.score import make_score
 from opsa_jax.training.state import Frozen, TrainState, frozen_copy, init_state, student_params, teacher_params
 from opsa_jax.training.step import make_update
 from opsa_jax.training.supervision import Artifacts, Contexts
-from opsa_jax.training.views import RolloutBatch, row_order
+from opsa_jax.training.views import RolloutBatch, parts, row_order, whole
 
 T = TypeVar("T")
 
@@ -168,6 +168,24 @@ def _groups(draws: Sequence[tuple[Example, int]]) -> list[int]:
     return [numbers.setdefault(id(e), len(numbers)) for e, _ in draws]
 
 
+def rollout_parts(config: RunConfig) -> int:
+    """Parts in which a rollout batch is sampled, one after another."""
+    sequences = config.train.prompts_per_rollout * config.rollout.samples_per_prompt
+    return sequences // (config.rollout.micro_batch or sequences)
+
+
+def check_batches(mesh: Mesh, cfgs: Sequence[DecoderConfig], config: RunConfig) -> None:
+    """Weights of all models, rows of a pass and rows sampled at a time divide over the mesh.
+
+    Raises:
+        UserError: naming what does not.
+    """
+    sizes = [pair for cfg in cfgs for pair in axis_sizes(cfg)]
+    check_mesh(mesh, sizes, config.train.update_batch // micro_batches(config), "--train.micro-batch")
+    if config.rollout.micro_batch:
+        check_mesh(mesh, sizes, config.rollout.micro_batch, "--rollout.micro-batch")
+
+
 def micro_batches(config: RunConfig) -> int:
     """Forward/backward passes per update."""
     return config.train.update_batch // (config.train.micro_batch or config.train.update_batch)
@@ -187,8 +205,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
     reward = load_reward(config) if config.objective.policy.advantage == "outcome" and config.objective.loss == "policy" else None
     student = open_checkpoint(config.model, config.model.path)
     others = tuple(open_checkpoint(config.model, path) for path in supervision.teacher_paths(config))
-    micro = config.train.update_batch // micro_batches(config)
-    check_mesh(mesh, [pair for c in (student, *others) for pair in axis_sizes(c.cfg)], micro, "--train.micro-batch")
+    check_batches(mesh, [c.cfg for c in (student, *others)], config)
     contexts, artifacts = supervision.load_contexts(config), supervision.load_artifacts(config, student.cfg)
     chat = Chat.load(str(student.folder), thinking=config.model.thinking)
     prompts = load_prompts(config, chat, student, others, contexts)
@@ -337,13 +354,18 @@ def make_sampler(config: RunConfig, cfg: DecoderConfig, teacher_cfgs: tuple[Deco
 
     A response depends on seed, round, example and sample number only. The seed is data, so runs that differ in it share a program.
     """
-    sampling, room = Sampling.of(config.rollout), config.rollout.max_new_tokens
+    sampling, room, count = Sampling.of(config.rollout), config.rollout.max_new_tokens, rollout_parts(config)
     from_teacher = config.rollout.writer == "teacher"
 
     def rollout(state: TrainState, frozen: Frozen, prompt_SP, mask_SP, ids_S, index_S, round_number, seed):
         keys_S = row_keys(jax.random.key(seed), "rollout", round_number, ids_S, index_S)
         params, arch = (teacher_params(state, frozen)[0], teacher_cfgs[0]) if from_teacher else (student_params(state, frozen), cfg)
         steer_LD = frozen.steer_LD if from_teacher else None
-        return sample(params, arch, sampling, chat.stop_ids, room, prompt_SP, mask_SP, keys_S, chat.pad_id, steer_LD)
+
+        def some(rows):
+            return sample(params, arch, sampling, chat.stop_ids, room, *rows, chat.pad_id, steer_LD)
+
+        rows = prompt_SP, mask_SP, keys_S
+        return some(rows) if count == 1 else whole(jax.lax.map(some, parts(rows, count)))
 
     return jax.jit(rollout, out_shardings=named(mesh, "batch"))

@@ -131,6 +131,24 @@ def test_checkpoint_teacher_with_padded_vocabulary(tmp_path):
     assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0
 
 
+@pytest.mark.parametrize("shape", [pytest.param((1, 1, 1)), pytest.param((2, 2, 1), marks=pytest.mark.devices(4))])
+def test_sampling_some_responses_at_a_time_gives_the_same(tmp_path, shape):
+    """And no cache of all rows: the compiled program has none of that many keys."""
+    rollouts, caches = [], []
+    for at_a_time in (0, 4):
+        config = run_config(tmp_path, mesh=c.MeshConfig(*shape), rollout=c.RolloutConfig(max_new_tokens=6, micro_batch=at_a_time))
+        run, state = prepare(config)
+        rollouts.append(jax.device_get(one_rollout(run, state)[0]))
+        width, room = run.prompts.checked.prompt_width, 6
+        key, ids = jax.ShapeDtypeStruct((8,), np.int32), jax.ShapeDtypeStruct((8, width), np.int32)
+        with jax.set_mesh(run.mesh):
+            text = run.sample.lower(state, run.frozen, ids, ids, key, key, np.int32(0), np.uint32(0)).compile().as_text()
+        caches.append(f"f32[2,{8 // math.prod(shape)},2,{width + room},8]" in text)  # layers, rows, heads, columns, width
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *rollouts)  # ids and masks are whole numbers
+    assert rollouts[0].response_mask_BR.sum() > 8
+    assert caches == [True, False]
+
+
 def test_a_student_and_a_teacher_with_experts(tmp_path):
     """Without context its own teacher gives KL 0, with context the loss falls; as the teacher of a dense student it stays what it is."""
     experts = make_model(tmp_path / "experts", seed=5, family="qwen3_moe")
