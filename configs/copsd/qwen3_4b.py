@@ -4,7 +4,7 @@ Prepare:  configs/copsd/qwen3_4b_teacher.py
 Command:  python -m opsa_jax.train configs/copsd/qwen3_4b.py
 Data:     data/prompts.jsonl with id, prompt, label and category, which chooses the text of the constitution (15 % of the safety prompts go
           without, as in the paper's main run)
-Devices:  sixteen 80 GB GPUs, or a v5p:4x4x4 slice; 16 rollouts of up to 2,048 tokens for each prompt
+Devices:  sixteen 80 GB GPUs, or a v5p:2x2x4 slice; 16 rollouts of up to 2,048 tokens for each prompt
 Expected: swapping only the teacher (raw to Cross-SFT) moves safety and helpfulness win rates from 65.7 / 22.2 to 77.8 / 81.3 in the
           paper, on vision-language models; not reproduced here: no such machine was available.
 Variants: --objective.policy.advantage token is the released code (clamped, normalised over the prompt's tokens), outcome the hybrid with
@@ -31,7 +31,7 @@ def get_config() -> c.RunConfig:
             max_teacher_prompt_tokens=3072,
             long_prompts="skip",
         ),
-        rollout=c.RolloutConfig(temperature=1.0, max_new_tokens=2048, samples_per_prompt=16),
+        rollout=c.RolloutConfig(temperature=1.0, max_new_tokens=2048, samples_per_prompt=16, micro_batch=512),
         objective=c.ObjectiveConfig(
             loss="policy", policy=c.PolicyConfig(advantage="return", gamma=1.0, clip=0.2, reference_kl=0.005), chunk=256
         ),

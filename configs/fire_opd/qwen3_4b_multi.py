@@ -2,7 +2,7 @@
 
 Command:  python -m opsa_jax.train configs/fire_opd/qwen3_4b_multi.py
 Data:     data/deepmath.jsonl and data/code.jsonl with id, prompt and teacher (math or code: the name of the record's teacher).
-Devices:  sixteen 80 GB GPUs, or a v5p:4x4x4 slice; responses are up to 16,384 tokens
+Devices:  sixteen 80 GB GPUs, or a v5p:2x2x4 slice; responses are up to 16,384 tokens
 Expected: better than token-level rivals at equal steps on mathematics and code, as reported by the paper; not
           reproduced here: no such machine was available.
 Variants: --objective.loss divergence --objective.divergence reverse is the exact form (lower variance, the same expected gradient when
@@ -29,7 +29,7 @@ def get_config() -> c.RunConfig:
             max_teacher_prompt_tokens=2048,
             long_prompts="skip",
         ),
-        rollout=c.RolloutConfig(temperature=1.0, max_new_tokens=16384),
+        rollout=c.RolloutConfig(temperature=1.0, max_new_tokens=16384, micro_batch=256),
         objective=c.ObjectiveConfig(
             loss="policy",
             reduction="sequence_mean",

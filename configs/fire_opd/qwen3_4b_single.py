@@ -3,7 +3,7 @@
 Command:  python -m opsa_jax.train configs/fire_opd/qwen3_4b_single.py
 Data:     data/deepmath.jsonl with id and prompt: DeepMath problems of level 6 and above (the labels are not used: --data.sources.0.label
           benign is set in the recipe).
-Devices:  sixteen 80 GB GPUs, or a v5p:4x4x4 slice; responses are up to 16,384 tokens
+Devices:  sixteen 80 GB GPUs, or a v5p:2x2x4 slice; responses are up to 16,384 tokens
 Expected: better than token-level rivals at equal steps, as reported by the paper; not reproduced here: no such machine was available.
 Variants: --objective.loss divergence --objective.divergence reverse is the exact form (lower variance, the same expected gradient when
           only reweighting); --objective.filter.kind none is what the published code does (its quantile is taken in micro-batches of
@@ -24,7 +24,7 @@ def get_config() -> c.RunConfig:
             max_teacher_prompt_tokens=2048,
             long_prompts="skip",
         ),
-        rollout=c.RolloutConfig(temperature=1.0, max_new_tokens=16384),
+        rollout=c.RolloutConfig(temperature=1.0, max_new_tokens=16384, micro_batch=256),
         objective=c.ObjectiveConfig(
             loss="policy",
             reduction="sequence_mean",

@@ -42,6 +42,7 @@ def plot_tradeoff(rows: Sequence[Row], choice: Choice, folder: Path) -> Path:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
     handles, labels = axes[0].get_legend_handles_labels()
+    handles = [getattr(h, "lines", [h])[0] for h in handles]  # the markers, without their error bars
     fig.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     attacks = ", ".join(m.removeprefix("asr_") for m in choice.safety)
     note = f"ASR over {attacks}; small: runs, large: means with 95 % intervals over runs"

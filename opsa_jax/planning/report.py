@@ -24,7 +24,7 @@ def show(plan: Plan, console: Console) -> None:
     console.print(_memory(plan))
     console.print(verdict(plan))
     if not plan.fits:
-        console.print("          try more fsdp or tensor, smaller --train.micro-batch, --rollout.micro-batch, --model.remat full, or --search")
+        console.print("          try more fsdp or tensor, smaller --train.micro-batch or --rollout.micro-batch, remat full, or --search")
     for name, program in plan.programs.items():
         if program.collectives:
             console.print(_collectives(plan, name))

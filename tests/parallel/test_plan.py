@@ -295,9 +295,10 @@ def test_pod_topology():
 
 @pytest.mark.slow
 @needs_libtpu
-def test_small_tpu_programs(tmp_path):
+@pytest.mark.parametrize("experts", [{}, {"family": "qwen3_moe", "n_experts": 8, "experts_per_token": 2}], ids=["dense", "experts"])
+def test_small_tpu_programs(tmp_path, experts):
     """On a v5e:2x2 slice: splash is in the program, the head's collectives stay outside the chunk loop and are summed in float32."""
-    cfg = DecoderConfig("qwen3", 8192, 256, 2, 4, 2, 128, 512, qk_norm=True)
+    cfg = dataclasses.replace(DecoderConfig("qwen3", 8192, 256, 2, 4, 2, 128, 512, qk_norm=True), **experts)
     (tmp_path / "config.json").write_text(json.dumps(to_hf(cfg)))
     script = (
         "import sys; sys.path.insert(0, 'tests/parallel')\n"
