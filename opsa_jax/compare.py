@@ -22,8 +22,9 @@ Flags after a lone -- go to all arms; an arm's own flags come after them and win
 optionally with "overrides" for all arms. Paths are relative to the working directory.
 
 Writes OUT/runs/ARM/BASE/stepsN-seedS (run directories; log.txt is what the run printed), results.jsonl (a run per line), table.json,
-summary.md, summary.csv, tradeoff.png and .svg, and with several --steps matched.md: arms at equal safety. A run that fails is
-reported, the others go on, and the exit code is 2. After a kill or Ctrl-C the same command with --resume continues."""
+summary.md (means, counts, and the differences of every two arms on the same base, seed and steps), summary.csv, tradeoff.png and .svg,
+and with several --steps matched.md: arms at equal safety. A run that fails is reported, the others go on, and the exit code is 2. After
+a kill or Ctrl-C the same command with --resume continues."""
 
 
 @dataclass(frozen=True)

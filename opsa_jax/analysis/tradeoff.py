@@ -140,6 +140,27 @@ def summarise(rows: Sequence[Row], choice: Choice) -> list[dict[str, Any]]:
     return summary
 
 
+def paired(rows: Sequence[Row], choice: Choice) -> list[dict[str, Any]]:
+    """Differences between every two arms, run by run: both have a run of the same base, seed and steps, so what those do to both cancels.
+
+    Differences of one (base, seed) are averaged over its lengths; the interval is over (base, seed).
+    """
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    places = {(r["arm"], r["base"], r["seed"], r["steps"]): values_of(r, choice) for r in rows}
+    table = []
+    for i, against in enumerate(arms):
+        for arm in arms[i + 1 :]:
+            found: dict[tuple, list[dict[str, float]]] = defaultdict(list)
+            for (name, *run), place in places.items():
+                if name == arm and (other := places.get((against, *run))):
+                    found[run[0], run[1]].append({axis: place[axis] - other[axis] for axis in AXES})
+            if found:
+                means = [{axis: float(np.mean([d[axis] for d in members])) for axis in AXES} for members in found.values()]
+                intervals = {axis: t_interval([m[axis] for m in means], -1.0, 1.0) for axis in ("safety", "capability", "over_refusal")}
+                table.append({"arm": arm, "against": against, "pairs": len(means), **intervals})
+    return table
+
+
 def crossing(points: Sequence[dict[str, float]], level: float) -> dict[str, float] | None:
     """Where a run of growing `steps` first reaches `safety` >= level, all values interpolated linearly in safety; None if it never does.
 
@@ -217,6 +238,13 @@ def pooled_columns(summary: Sequence[dict[str, Any]]) -> tuple[list[str], list[l
         cells = [f"{p['successes']}/{p['prompts']} [{p['low']:.3f}, {p['high']:.3f}]" if p else "" for p in found]
         body.append([s["arm"], str(s["steps"] or "epochs"), *cells])
     return ["arm", "steps", *metrics], body
+
+
+def paired_columns(table: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of `paired`."""
+    axes = ("safety", "capability", "over_refusal")
+    body = [[p["arm"], p["against"], str(p["pairs"]), *(cell(p[axis], signed=True) for axis in axes)] for p in table]
+    return ["arm", "minus", "pairs", *(AXES[axis][0] for axis in axes)], body
 
 
 def match_columns(table: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

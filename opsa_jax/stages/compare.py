@@ -222,12 +222,19 @@ def report(rows: Sequence[dict], choice: Choice, levels: Sequence[float], out: P
     summary = tradeoff.summarise(rows, choice)
     several = len({r["steps"] for r in rows}) > 1
     matched = tradeoff.match(rows, choice, levels) if several else []
-    write_json(out / "table.json", {"choice": dataclasses.asdict(choice), "summary": summary, "matched": matched, "runs": list(rows)})
+    pairs = tradeoff.paired(rows, choice)
+    tables = {"summary": summary, "paired": pairs, "matched": matched}
+    write_json(out / "table.json", {"choice": dataclasses.asdict(choice), **tables, "runs": list(rows)})
     columns, counts = tradeoff.summary_columns(summary, choice.safety), tradeoff.pooled_columns(summary)
+    differences = (
+        "\nDifferences between arms, run by run (same base, seed and steps), averaged over steps; 95 % t interval over bases and seeds,\n"
+        f"not corrected for the number of pairs.\n\n{tradeoff.markdown(*tradeoff.paired_columns(pairs))}"
+    )
     (out / "summary.md").write_text(
         f"Safety is 1 - the mean of {', '.join(choice.safety)}. Mean over runs (seeds and bases) with the 95 % t interval over runs;\n"
         "it has no width where all runs agree, and then the counts below say how much that is worth.\n\n"
         f"{tradeoff.markdown(*columns)}\nCounts of all runs added up, with Wilson's 95 % interval.\n\n{tradeoff.markdown(*counts)}"
+        + (differences if pairs else "")
     )
     with (out / "summary.csv").open("w", newline="") as f:
         lines = tradeoff.csv_rows(summary)

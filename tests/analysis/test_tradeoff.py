@@ -72,6 +72,22 @@ def test_crossing_interpolates_the_first_time():
     assert t.crossing(points, 0.05) == points[0]
 
 
+def test_pairs_share_base_seed_and_steps():
+    """y is 0.1 safer than x in each run although the bases differ by more; z has one run that nobody shares."""
+    hard = {("b", 0): 0.5, ("b", 1): 0.6, ("c", 0): 0.1, ("c", 1): 0.2}
+    rows = [row("x", steps, seed, base, a=asr, b=asr) for (base, seed), asr in hard.items() for steps in (5, 10)]
+    rows += [row("y", 5, seed, base, a=asr, b=asr, over=0.2) for (base, seed), asr in hard.items()]  # as safe after 5 steps
+    rows += [row("y", 10, seed, base, a=asr - 0.2, b=asr - 0.2, over=0.4) for (base, seed), asr in hard.items() if asr >= 0.2]
+    rows += [row("z", 99, 0, "b")]
+    found = t.paired(rows, CHOICE)
+    assert [(p["arm"], p["against"], p["pairs"]) for p in found] == [("y", "x", 4)]
+    # A sequence counts once: three of them gain (0 + 0.2) / 2, the one without a longer run 0.
+    assert found[0]["safety"] == pytest.approx(t.t_interval([0.1, 0.1, 0.0, 0.1], -1, 1))
+    assert found[0]["over_refusal"]["mean"] == pytest.approx((0.3 * 3 + 0.2) / 4)
+    header, body = t.paired_columns(found)
+    assert len(header) == len(body[0]) and body[0][3].startswith("+0.075 [")
+
+
 def test_match_takes_each_seed_by_itself():
     runs = [(seed, steps, asr, cap) for seed, cap in ((0, 0.9), (1, 0.7)) for steps, asr in ((10, 0.4), (20, 0.0))]
     rows = [row("x", steps, seed, a=asr, b=asr, capability=cap) for seed, steps, asr, cap in runs]
