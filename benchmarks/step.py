@@ -62,7 +62,8 @@ def ours(args: argparse.Namespace) -> dict:
             train=c.TrainConfig(steps=args.steps, prompts_per_rollout=args.batch, update_batch=args.batch),
         )
         run, state = setup.prepare(config)
-    run = replace(run, sample=setup.make_sampler(config, run.student.cfg, replace(run.chat, stop_ids=())))
+    cfg, endless = run.student.cfg, replace(run.chat, stop_ids=())
+    run = replace(run, sample=setup.make_sampler(config, cfg, (cfg,), endless, run.mesh))
     wall, cpu, phases = [], [], {"rollout": [], "update": []}
     with jax.set_mesh(run.mesh):
         for step in range(args.steps):
