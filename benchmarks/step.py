@@ -26,6 +26,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=16, help="sequences per update")
     p.add_argument("--prompt-len", type=int, default=64, help="tokens of every prompt")
     p.add_argument("--new-tokens", type=int, default=128, help="tokens of every response")
+    p.add_argument("--chunk", type=int, default=256, help="our objective.chunk: tokens whose logits exist at a time")
     p.add_argument("--steps", type=int, default=6, help="timed and warm-up steps of one process")
     p.add_argument("--warmup", type=int, default=2, help="steps left out of the medians")
     p.add_argument("--threads", type=int, default=1, help="processors each side may use")
@@ -58,12 +59,13 @@ def ours(args: argparse.Namespace) -> dict:
             teacher=c.TeacherConfig(context_harmful="", context_benign=""),
             data=c.DataConfig(sources=(c.SourceConfig(path=str(prompts)),)),
             rollout=c.RolloutConfig(max_new_tokens=args.new_tokens),
-            objective=c.ObjectiveConfig(divergence="reverse"),
+            objective=c.ObjectiveConfig(divergence="reverse", chunk=args.chunk),
             train=c.TrainConfig(steps=args.steps, prompts_per_rollout=args.batch, update_batch=args.batch),
         )
         run, state = setup.prepare(config)
     cfg, endless = run.student.cfg, replace(run.chat, stop_ids=())
-    run = replace(run, sample=setup.make_sampler(config, cfg, (cfg,), endless, run.mesh))
+    narrow = replace(run.prompts.checked, prompt_width=args.prompt_len, teacher_width=args.prompt_len)
+    run = replace(run, sample=setup.make_sampler(config, cfg, (cfg,), endless, run.mesh), prompts=replace(run.prompts, checked=narrow))
     wall, cpu, phases = [], [], {"rollout": [], "update": []}
     with jax.set_mesh(run.mesh):
         for step in range(args.steps):
@@ -107,7 +109,7 @@ def main() -> None:
         return
     flags = ["--batch", args.batch, "--prompt-len", args.prompt_len, "--new-tokens", args.new_tokens, "--threads", args.threads]
     work = [args.model, args.prompts, *map(str, [*flags, "--steps", args.steps, "--warmup", args.warmup])]
-    sides = {"opsa_jax": [sys.executable, __file__, *work, "--inside"]}
+    sides = {"opsa_jax": [sys.executable, __file__, *work, "--chunk", str(args.chunk), "--inside"]}
     if args.peer:
         sides["peer"] = [*shlex.split(args.peer), *work]
     found: dict[str, list[dict]] = {name: [] for name in sides}
