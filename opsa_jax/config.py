@@ -1,7 +1,5 @@
-"""The whole run as frozen dataclasses. The field docs below are what `python -m opsa_jax.train --help` prints.
-
-Declared once: defaults (the sandbox run), command-line flags, `--help`, `--print-config`, validation and the resolved
-`config.json` of a run directory all follow from these classes. A recipe is a Python file with `get_config() -> RunConfig`.
+"""The whole run as frozen dataclasses: defaults (the sandbox run), flags, `--help`, `--print-config` and the `config.json` of a run
+directory all follow from these classes. A recipe is a Python file with `get_config() -> RunConfig`.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ class LoraConfig:
     alpha: float = 32.0
     """The low-rank product is scaled by alpha / rank."""
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    """Projections that get an adapter: any of q, k, v, o, gate, up, down."""
+    """Projections that get an adapter: any of q, k, v, o, gate, up, down; q, k, v, o where feed-forwards are experts."""
 
 
 @dataclass(frozen=True)
@@ -285,8 +283,7 @@ class TrainConfig:
     keep: int = 2
     """Checkpoints kept."""
     checkpoints: str = ""
-    """Where checkpoints go: a folder, or gs://BUCKET/FOLDER or s3://BUCKET/FOLDER; empty is OUT/checkpoints. Processes on several
-    machines need a place that all of them see."""
+    """Where checkpoints go: a folder (that all processes see), gs://BUCKET/FOLDER or s3://BUCKET/FOLDER; empty is OUT/checkpoints."""
 
 
 @dataclass(frozen=True)
