@@ -17,12 +17,8 @@ the rate of one large matrix product, measured in the same process.
 
 import argparse
 import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
+
+from side_by_side import add_flags, compare, measured, median_seconds
 
 VARIANTS = ("ours", "ragged", "dense", "torch")
 
@@ -36,10 +32,7 @@ def parse() -> argparse.Namespace:
     ap.add_argument("--width", type=int, default=192, help="of each expert, F")
     ap.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     ap.add_argument("--gradients", action="store_true", help="also with respect to tokens and all weights")
-    ap.add_argument("--repeat", type=int, default=5, help="timed calls per process; the median counts")
-    ap.add_argument("--rounds", type=int, default=1, help="processes per variant")
-    ap.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    ap.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
+    add_flags(ap, VARIANTS)
     return ap.parse_args()
 
 
@@ -125,65 +118,26 @@ def torch_call(args):
 def run_one(args) -> None:
     """Measure one variant in this process and print one JSON line."""
     call, product = (torch_call(args), None) if args.one == "torch" else jax_call(args)
-    before = peak_rss_mib()
-    loss = float(call()[0])
-    wall, cpu = median_times(call, args.repeat)
-    peak, floor = peak_rss_mib() - before, None
+    row, (loss, _) = measured(call, args.repeat, on_device=product is not None)
+    floor = None
     if product:
-        import jax
-
-        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", peak * 2**20) / 2**20
         product()
-        floor = median_times(product, args.repeat)[0] * (3 if args.gradients else 1)  # a backward pass is twice a forward one
-    print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak, "loss": loss, "floor": floor}))
+        floor = median_seconds(product, args.repeat)[0] * (3 if args.gradients else 1)  # a backward pass is twice a forward one
+    print(json.dumps(row | {"loss": float(loss), "floor": floor}))
 
 
-def median_times(call, repeat: int) -> tuple[float, float]:
-    """Wall and CPU seconds."""
-    taken = []
-    for _ in range(repeat):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        call()
-        taken.append((time.perf_counter() - start, time.process_time() - cpu_start))
-    wall, cpu = zip(*taken)
-    return statistics.median(wall), statistics.median(cpu)
-
-
-def peak_rss_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def measure(variant: str) -> dict | str:
-    """The JSON line of a fresh process, or why there is none."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *sys.argv, "--one", variant], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        return f"failed: {(done.stderr.strip().splitlines() or ['killed, out of memory?'])[-1][:90]}"
-    return json.loads(done.stdout.splitlines()[-1])
+def tail(run: dict) -> str:
+    floor = f"{run['floor']:9.3f}" if run["floor"] else f"{'-':>9}"
+    return f"{floor}  {run['loss']:.6g}"
 
 
 def main() -> None:
     args = parse()
     if args.one:
         return run_one(args)
-    results = {v: [] for v in args.variants}
-    for _ in range(args.rounds):
-        for variant in args.variants:
-            results[variant].append(measure(variant))
-    print(f"N {args.tokens}, E {args.experts}, k {args.per_token}, D {args.hidden}, F {args.width}, {args.dtype}, ", end="")
-    print(f"{'with' if args.gradients else 'without'} gradients; {args.rounds} x median of {args.repeat}; ", end="")
-    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    print(f"{'':8}{'wall s':>9}{'ratio':>8}{'CPU s':>9}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}{'floor s':>9}  loss")
-    base = None
-    for variant, runs in results.items():
-        if broken := [r for r in runs if isinstance(r, str)]:
-            print(f"{variant:8}{broken[0]}")
-            continue
-        row = {key: statistics.median(r[key] for r in runs) for key in ("wall", "cpu", "peak")}
-        base = base or row
-        numbers = f"{row['wall']:9.3f}{row['wall'] / base['wall']:8.2f}{row['cpu']:9.3f}{row['cpu'] / base['cpu']:8.2f}"
-        floor = f"{runs[0]['floor']:9.3f}" if runs[0]["floor"] else f"{'-':>9}"
-        print(f"{variant:8}{numbers}{row['peak']:10.0f}{row['peak'] / base['peak']:8.2f}{floor}  {runs[0]['loss']:.6g}")
+    title = f"N {args.tokens}, E {args.experts}, k {args.per_token}, D {args.hidden}, F {args.width}, {args.dtype}, "
+    title += f"{'with' if args.gradients else 'without'} gradients"
+    compare(args, args.variants, title, f"{'floor s':>9}  loss", tail)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,9 @@ at above its inputs; on an accelerator, the device's peak. Ratios are to the fir
 
 import argparse
 import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from importlib.util import find_spec
+
+from side_by_side import add_flags, compare, measured
 
 VARIANTS = ("ours", "jax", "torch", "trl", "trl one call")
 
@@ -34,10 +30,7 @@ def parse() -> argparse.Namespace:
     ap.add_argument("--chunk", type=int, default=128, help="positions whose logits exist at the same time in ours")
     ap.add_argument("--weighted", type=float, default=1.0, help="share of the positions with a weight above 0")
     ap.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of hidden states and heads")
-    ap.add_argument("--repeat", type=int, default=5, help="timed calls per process; the median counts")
-    ap.add_argument("--rounds", type=int, default=1, help="processes per variant")
-    ap.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    ap.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
+    add_flags(ap, VARIANTS)
     return ap.parse_args()
 
 
@@ -113,41 +106,19 @@ def run_one(args) -> None:
     """Measure one variant in this process and print one JSON line."""
     import numpy as np
 
-    call = (jax_call if args.one in ("ours", "jax") else torch_call)(args)
-    before = peak_rss_mib()
-    loss, gradients = call()
-    wall, cpu = [], []
-    for _ in range(args.repeat):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        call()
-        wall.append(time.perf_counter() - start)
-        cpu.append(time.process_time() - cpu_start)
-    device = None
-    if args.one in ("ours", "jax"):
-        import jax
-
-        device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    peak = device / 2**20 if device else peak_rss_mib() - before
+    ours = args.one in ("ours", "jax")
+    row, (loss, gradients) = measured((jax_call if ours else torch_call)(args), args.repeat, on_device=ours)
     # Norms in float64: torch's float32 norm of so many numbers is off by a percent.
     norms = [float(np.linalg.norm(np.asarray(g.float() if hasattr(g, "float") else g, np.float64))) for g in gradients]
-    print(json.dumps({"wall": statistics.median(wall), "cpu": statistics.median(cpu), "peak": peak, "loss": float(loss), "norms": norms}))
-
-
-def peak_rss_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    print(json.dumps(row | {"loss": float(loss), "norms": norms}))
 
 
 def installed(variant: str) -> bool:
     return find_spec({"ours": "jax", "jax": "jax", "torch": "torch"}.get(variant, "trl")) is not None
 
 
-def measure(variant: str) -> dict | str:
-    """The JSON line of a fresh process, or why there is none."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    done = subprocess.run([sys.executable, *sys.argv, "--one", variant], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        return f"failed: {(done.stderr.strip().splitlines() or ['killed, out of memory?'])[-1][:90]}"
-    return json.loads(done.stdout.splitlines()[-1])
+def tail(run: dict) -> str:
+    return f"   {run['loss']:.6f}  {' '.join(f'{n:.6g}' for n in run['norms'])}"
 
 
 def main() -> None:
@@ -157,24 +128,8 @@ def main() -> None:
     chosen = [v for v in args.variants if installed(v)]
     for variant in sorted(set(args.variants) - set(chosen)):
         print(f"{variant}: not installed, left out")
-    results = {v: [] for v in chosen}
-    for _ in range(args.rounds):
-        for variant in chosen:
-            results[variant].append(measure(variant))
-    print(f"N {args.tokens} ({args.weighted:.0%} weighted), D {args.hidden}, V {args.vocab}, chunk {args.chunk}, {args.dtype}; ", end="")
-    print(f"{args.rounds} x median of {args.repeat}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    print(f"{'':14}{'wall s':>9}{'ratio':>8}{'CPU s':>9}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}   loss, gradient norms in hidden and head")
-    base = None
-    for variant, runs in results.items():
-        broken = [r for r in runs if isinstance(r, str)]
-        if broken:
-            print(f"{variant:14}{broken[0]}")
-            continue
-        row = {key: statistics.median(r[key] for r in runs) for key in ("wall", "cpu", "peak")}
-        base = base or row
-        numbers = f"{row['wall']:9.3f}{row['wall'] / base['wall']:8.2f}{row['cpu']:9.3f}{row['cpu'] / base['cpu']:8.2f}"
-        norms = " ".join(f"{n:.6g}" for n in runs[0]["norms"])
-        print(f"{variant:14}{numbers}{row['peak']:10.0f}{row['peak'] / base['peak']:8.2f}   {runs[0]['loss']:.6f}  {norms}")
+    title = f"N {args.tokens} ({args.weighted:.0%} weighted), D {args.hidden}, V {args.vocab}, chunk {args.chunk}, {args.dtype}"
+    compare(args, chosen, title, "   loss, gradient norms in hidden and head", tail)
 
 
 if __name__ == "__main__":
