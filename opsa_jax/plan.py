@@ -14,9 +14,9 @@ DESCRIPTION = """\
 Compile a run ahead of time for devices that need not be here, and say whether it fits. Usage: plan [recipe.py] --topology NAME [...]
 
 TPU slices are compiled for by TPU's own compiler (pip install 'opsa_jax[tpu]'; any Linux machine), from shapes alone: no weights, no
-data. The model is --model.path: a preset (qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-30b-a3b, r1-distill-qwen-1.5b,
-r1-distill-llama-8b, qwen2.5-7b, llama-3-8b, llama-3.2-3b), a hub name, or a folder with config.json. Exit code 0: it fits; 1: it does
-not; 2: bad input."""
+data. The model is --model.path: a preset (qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-30b-a3b,
+qwen3-30b-a3b-2507, r1-distill-qwen-1.5b, r1-distill-llama-8b, qwen2.5-7b, llama-3-8b, llama-3.2-3b), a hub name, or a folder with
+config.json. Exit code 0: it fits; 1: it does not; 2: bad input."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class PlanConfig(RunConfig):
 
 
 def main(argv: list[str] | None = None) -> int:
-    from opsa_jax.recipes import load_recipe, validate
+    from opsa_jax.recipes import take_recipe, validate
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    base = load_recipe(argv.pop(0)) if argv and not argv[0].startswith("-") else RunConfig()
+    base = take_recipe(argv)
     config = parse(PlanConfig, PlanConfig(**vars(base)), argv, "python -m opsa_jax.plan", DESCRIPTION)
     validate(config)
     if not config.topology:

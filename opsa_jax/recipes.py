@@ -58,13 +58,17 @@ def _fields_of(class_name: str) -> list[str]:
     return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 
+def take_recipe(argv: list[str]) -> RunConfig:
+    """The recipe that a command line begins with, taken off it; the defaults where it begins with a flag."""
+    return load_recipe(argv.pop(0)) if argv and not argv[0].startswith("-") else RunConfig()
+
+
 def parse_run(argv: list[str], prog: str, description: str) -> tuple[RunConfig, bool]:
     """`[recipe.py] [--section.field value ...] [--print-config]` -> (validated config, whether to only print it)."""
     argv = list(argv)
     only_print = "--print-config" in argv
     argv = [a for a in argv if a != "--print-config"]
-    base = load_recipe(argv.pop(0)) if argv and not argv[0].startswith("-") else RunConfig()
-    config = parse(RunConfig, base, argv, prog, description)
+    config = parse(RunConfig, take_recipe(argv), argv, prog, description)
     validate(config)
     return config, only_print
 

@@ -166,18 +166,11 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> DecoderConfig:
         if name not in hf:
             raise UserError(f"{where}: field {name!r} is missing")
     hf = _SILENT[family] | hf
-    if family == "qwen3_moe":
-        hf["num_experts"] = hf.get("num_local_experts", hf["num_experts"])  # as transformers 5 spells it
     n_heads, d_model = hf["num_attention_heads"], hf["hidden_size"]
     hf["num_key_value_heads"] = n_kv_heads = hf.get("num_key_value_heads") or n_heads
-    expert_sizes = ("num_experts", "num_experts_per_tok", "moe_intermediate_size") if family == "qwen3_moe" else ()
-    for name in (*_SIZES, "num_key_value_heads", *expert_sizes):
-        if not isinstance(hf[name], int) or hf[name] < 1:
-            raise UserError(f"{where}: {name}={hf[name]!r} is not a positive integer")
+    _check_sizes(hf, (*_SIZES, "num_key_value_heads"), where)
     if n_heads % n_kv_heads:
         raise UserError(f"{where}: num_key_value_heads={n_kv_heads} does not divide num_attention_heads={n_heads}")
-    if expert_sizes and hf["num_experts_per_tok"] > hf["num_experts"]:
-        raise UserError(f"{where}: num_experts_per_tok={hf['num_experts_per_tok']} is more than num_experts={hf['num_experts']}")
     return DecoderConfig(
         family=family,
         vocab_size=hf["vocab_size"],
@@ -186,7 +179,6 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> DecoderConfig:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=hf.get("head_dim") or d_model // n_heads,
-        d_ff=hf["moe_intermediate_size" if expert_sizes else "intermediate_size"],
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         tie_embeddings=hf.get("tie_word_embeddings", False),
         qk_norm=family in ("qwen3", "qwen3_moe"),
@@ -194,10 +186,28 @@ def from_hf(hf: dict[str, Any], where: str = "config.json") -> DecoderConfig:
         o_bias=family != "qwen2" and hf.get("attention_bias", False),
         mlp_bias=hf.get("mlp_bias", False),
         windows=_windows(hf, where),
-        **({"n_experts": hf["num_experts"], "experts_per_token": hf["num_experts_per_tok"]} if expert_sizes else {}),
-        normalize_router=bool(expert_sizes and hf["norm_topk_prob"]),
+        **_feed_forward(hf, where),
         **_rope(hf, where),
     )
+
+
+def _check_sizes(hf: dict[str, Any], names: tuple[str, ...], where: str) -> None:
+    for name in names:
+        if not isinstance(hf[name], int) or hf[name] < 1:
+            raise UserError(f"{where}: {name}={hf[name]!r} is not a positive integer")
+
+
+def _feed_forward(hf: dict[str, Any], where: str) -> dict[str, Any]:
+    """Its width and, in Qwen3-MoE, its experts (`num_local_experts` is the spelling of transformers 5)."""
+    if hf["model_type"] != "qwen3_moe":
+        return {"d_ff": hf["intermediate_size"]}
+    hf = hf | {"num_experts": hf.get("num_local_experts", hf["num_experts"])}
+    _check_sizes(hf, ("num_experts", "num_experts_per_tok", "moe_intermediate_size"), where)
+    n_experts, chosen = hf["num_experts"], hf["num_experts_per_tok"]
+    if chosen > n_experts:
+        raise UserError(f"{where}: num_experts_per_tok={chosen} is more than num_experts={n_experts}")
+    experts = {"n_experts": n_experts, "experts_per_token": chosen, "normalize_router": hf["norm_topk_prob"]}
+    return {"d_ff": hf["moe_intermediate_size"], **experts}
 
 
 def _rope(hf: dict[str, Any], where: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Weight:
     @property
     def stack(self) -> tuple[int, ...]:
         """Leading dimensions over which the checkpoint has one tensor each: (), (layers,) or (layers, experts)."""
-        return self.shape[: sum(axis in ("layers", "experts") for axis in self.axes[:2])] if self.axes[0] == "layers" else ()
+        return self.shape[: sum(axis in ("layers", "experts") for axis in self.axes[:2])]
 
     @property
     def hf_keys(self) -> list[str]:
@@ -45,7 +45,7 @@ class Weight:
         >>> Weight((2, 2, 8, 4), ("layers", "experts", "embed", "ffn"), "{l}.{e}").hf_keys
         ['0.0', '0.1', '1.0', '1.1']
         """
-        return [self.hf_key.format(l=index[0] if index else "", e=index[-1] if index else "") for index in np.ndindex(self.stack)]
+        return [self.hf_key.format(**dict(zip("le", index))) for index in np.ndindex(self.stack)]
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

@@ -13,13 +13,9 @@ def _qwen3(hidden: int, layers: int, heads: int, ffn: int, tied: bool) -> dict[s
     }  # fmt: skip
 
 
-def _qwen3_moe(hidden: int, layers: int, heads: int, kv_heads: int, experts: int, width: int, theta: float) -> dict[str, Any]:
-    return {
-        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": 128, "intermediate_size": 3 * hidden, "moe_intermediate_size": width,
-        "num_experts": experts, "num_experts_per_tok": 8, "norm_topk_prob": True, "rms_norm_eps": 1e-6, "rope_theta": theta,
-        "tie_word_embeddings": False,
-    }  # fmt: skip
+def _qwen3_30b_a3b(theta: float) -> dict[str, Any]:
+    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+    return _qwen3(2048, 48, 32, 6144, False) | {"model_type": "qwen3_moe", "num_key_value_heads": 4, "rope_theta": theta} | experts
 
 
 def _qwen2(vocab: int, hidden: int, heads: int, kv_heads: int, ffn: int, theta: float) -> dict[str, Any]:
@@ -46,10 +42,10 @@ PRESETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "qwen3-1.7b": (("Qwen/Qwen3-1.7B",), _qwen3(2048, 28, 16, 6144, True)),
     "qwen3-4b": (("Qwen/Qwen3-4B",), _qwen3(2560, 36, 32, 9728, True)),
     "qwen3-8b": (("Qwen/Qwen3-8B",), _qwen3(4096, 36, 32, 12288, False)),
-    "qwen3-30b-a3b": (("Qwen/Qwen3-30B-A3B",), _qwen3_moe(2048, 48, 32, 4, 128, 768, 1000000.0)),
+    "qwen3-30b-a3b": (("Qwen/Qwen3-30B-A3B",), _qwen3_30b_a3b(1000000.0)),
     "qwen3-30b-a3b-2507": (
         ("Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen/Qwen3-30B-A3B-Thinking-2507"),
-        _qwen3_moe(2048, 48, 32, 4, 128, 768, 10000000.0),
+        _qwen3_30b_a3b(10000000.0),
     ),
     "r1-distill-qwen-1.5b": (("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",), _qwen2(151936, 1536, 12, 2, 8960, 10000.0)),
     "r1-distill-llama-8b": (("deepseek-ai/DeepSeek-R1-Distill-Llama-8B",), _llama(4096, 32, 32, 14336, False, 8.0)),

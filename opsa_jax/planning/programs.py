@@ -18,7 +18,7 @@ from opsa_jax.planning.arrays import abstract_batch, abstract_run, device_bytes,
 from opsa_jax.planning.hlo import Collective, collectives
 from opsa_jax.training import optim
 from opsa_jax.training.score import make_score
-from opsa_jax.training.setup import make_sampler, micro_batches
+from opsa_jax.training.setup import make_sampler, micro_batches, sequences
 from opsa_jax.training.state import Frozen, TrainState
 from opsa_jax.training.step import make_update
 from opsa_jax.training.views import RolloutBatch
@@ -45,7 +45,7 @@ class Shapes:
     @property
     def rows(self) -> int:
         """Sequences of a rollout batch."""
-        return self.config.train.prompts_per_rollout * self.config.rollout.samples_per_prompt
+        return sequences(self.config)
 
     @property
     def updates(self) -> int:

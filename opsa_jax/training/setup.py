@@ -150,12 +150,7 @@ class Run:
 
     def put(self, arrays):
         """Host rows of this process -> global arrays split over the batch axes."""
-        return jax.tree.map(lambda x: rows_to_devices(self.mesh, x, self.sequences), arrays)
-
-    @property
-    def sequences(self) -> int:
-        """Rows of a rollout batch, over all processes."""
-        return self.config.train.prompts_per_rollout * self.config.rollout.samples_per_prompt
+        return jax.tree.map(lambda x: rows_to_devices(self.mesh, x, sequences(self.config)), arrays)
 
     def place(self) -> dict[str, Any]:
         """What a checkpoint holds besides the state: where the data is, and what the frozen parts are (they are not stored)."""
@@ -168,10 +163,14 @@ def _groups(draws: Sequence[tuple[Example, int]]) -> list[int]:
     return [numbers.setdefault(id(e), len(numbers)) for e, _ in draws]
 
 
+def sequences(config: RunConfig) -> int:
+    """Rows of a rollout batch, over all processes."""
+    return config.train.prompts_per_rollout * config.rollout.samples_per_prompt
+
+
 def rollout_parts(config: RunConfig) -> int:
     """Parts in which a rollout batch is sampled, one after another."""
-    sequences = config.train.prompts_per_rollout * config.rollout.samples_per_prompt
-    return sequences // (config.rollout.micro_batch or sequences)
+    return sequences(config) // (config.rollout.micro_batch or sequences(config))
 
 
 def check_batches(mesh: Mesh, cfgs: Sequence[DecoderConfig], config: RunConfig) -> None:
@@ -216,7 +215,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
     count = sum(map(len, checked.sources))
     say(f"data     {count} prompts{skipped}; up to {checked.prompt_width} tokens, {checked.teacher_width} with context")
 
-    per_rollout = config.train.prompts_per_rollout * config.rollout.samples_per_prompt // config.train.update_batch
+    per_rollout = sequences(config) // config.train.update_batch
     total = config.train.steps or prompts.stream.batches(config.train.epochs) * per_rollout
     micro, shards = micro_batches(config), batch_shards(mesh)
     teacher_cfgs = tuple(t.cfg for t in others) or (student.cfg,)
