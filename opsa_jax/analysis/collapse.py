@@ -155,15 +155,11 @@ def token_entropies(
     Returns:
         For each response a float32 array of its length.
     """
-    import jax
-
     from opsa_jax.data.chat import left_pad
-    from opsa_jax.parallel.mesh import batch_shards
+    from opsa_jax.parallel.mesh import current_shards, round_up
 
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else batch_shards(mesh)
-    batch = -(-batch // shards) * shards
-    width = -(-max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=1) // 64) * 64
+    batch = round_up(batch, current_shards())
+    width = round_up(max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=1), 64)
     found = []
     for start in range(0, len(prompts), batch):
         rows = [[*p, *r] for p, r in zip(prompts[start : start + batch], responses[start : start + batch], strict=True)]

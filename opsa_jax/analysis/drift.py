@@ -16,7 +16,7 @@ from opsa_jax.analysis.token_kl import View, bucket
 from opsa_jax.data.chat import left_pad
 from opsa_jax.errors import UserError
 from opsa_jax.models.transformer import forward, prompt_inputs
-from opsa_jax.parallel.mesh import batch_shards
+from opsa_jax.parallel.mesh import current_shards, round_up
 
 Where = Literal["prompt", "response"]
 
@@ -47,9 +47,7 @@ def hidden_states(view: View, responses: Sequence[Sequence[int]] | None = None, 
         UserError: no such layer.
     """
     check_layer(layer, view.cfg.n_layers)
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else batch_shards(mesh)
-    batch = -(-batch // shards) * shards
+    batch = round_up(batch, current_shards())
     tails = [[] for _ in view.prompts] if responses is None else responses
     rows = [[*p, *r] for p, r in zip(view.prompts, tails, strict=True)]
     width = bucket(max(map(len, rows), default=1))

@@ -19,7 +19,7 @@ from opsa_jax.data.chat import left_pad
 from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.params import Params, head_weight
 from opsa_jax.objectives.chunked import chunked_divergence
-from opsa_jax.parallel.mesh import batch_shards
+from opsa_jax.parallel.mesh import current_shards, round_up
 from opsa_jax.training.views import response_hidden
 
 SMALLEST_BUCKET = 32
@@ -60,9 +60,7 @@ def token_divergence(
         `forward` = KL(T, S), `reverse` = KL(S, T) and `symmetric` = (forward + reverse) / 2: for each response a float32 array of its
         length; also `logp_teacher` and `logp_student` of the response tokens. Exactly 0 where both views are the same.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else batch_shards(mesh)
-    batch = -(-batch // shards) * shards
+    batch = round_up(batch, current_shards())
     # One width for both prompts, so that equal views are computed in the same way.
     width = bucket(max((len(p) for view in (teacher, student) for p in view.prompts), default=1))
     order = sorted(range(len(responses)), key=lambda i: len(responses[i]))

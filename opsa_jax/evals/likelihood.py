@@ -14,7 +14,7 @@ from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.params import Params, head_weight
 from opsa_jax.models.transformer import forward, prompt_inputs
 from opsa_jax.objectives.logp import chunked_logp
-from opsa_jax.parallel.mesh import batch_shards
+from opsa_jax.parallel.mesh import current_shards, round_up
 
 _CHUNK = 1024  # tokens whose logits exist at the same time
 _CUE = "The answer is"
@@ -50,9 +50,7 @@ def score_continuations(
     Returns:
         In the order of the pairs. An empty continuation has total 0 and is greedy.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else batch_shards(mesh)
-    batch = -(-batch // shards) * shards
+    batch = round_up(batch, current_shards())
     order = sorted((i for i, (_, c) in enumerate(pairs) if len(c)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     found = [Scored(np.zeros(0, np.float32), True) for _ in pairs]
     for start in range(0, len(order), batch):

@@ -18,7 +18,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec as P
 
 from opsa_jax.errors import UserError
-from opsa_jax.parallel.rules import spec
+from opsa_jax.parallel.mesh import current_shards
+from opsa_jax.parallel.rules import mesh_shape, spec
 
 LANES = 128
 """Columns are padded to a multiple of this for splash: the width of a TPU vector register."""
@@ -46,9 +47,7 @@ class Case:
     def of(cls, q_BTNH: jax.Array, k_BKSH: jax.Array) -> "Case":
         """Of arrays under the mesh that is set."""
         (B, T, N, H), (_, K, S, _) = q_BTNH.shape, k_BKSH.shape
-        mesh = jax.sharding.get_abstract_mesh()
-        shards, tensor = (1, 1) if mesh.empty else (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"])
-        return cls(mesh_platform(), T, S, B, N, K, H, q_BTNH.dtype.name, shards, tensor)
+        return cls(mesh_platform(), T, S, B, N, K, H, q_BTNH.dtype.name, current_shards(), mesh_shape().get("tensor", 1))
 
 
 def mesh_platform() -> str:
@@ -170,8 +169,7 @@ def cudnn(q_BTNH, k_BKSH, v_BKSH, segments_BT, window: int, implementation: str 
 
 def _per_device(local: Callable, q_BTNH, k_BKSH, v_BKSH, segments_BT):
     """`local` on every device's rows and heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not mesh_shape():
         return local(q_BTNH, k_BKSH, v_BKSH, segments_BT)
     q_spec, kv_spec = spec("batch", None, "heads", None), spec("batch", "kv_heads", None, None)
     in_specs = (q_spec, kv_spec, kv_spec, P(*spec("batch"), None))

@@ -1,9 +1,9 @@
 """Mixture-of-experts feed-forward (Qwen3-MoE): every token goes through its k best experts, and none is dropped.
 
 The rows of a batch are sorted by expert, those of an expert fill whole blocks of m rows, and a loop runs over the blocks that are in
-use. So FLOPs follow k and not the number of experts, and no array is larger than [rows, D]. (`jax.lax.ragged_dot` is written for
-this, but off TPUs it copies every row once per expert: BUILD_NOTES.md.) Devices of one `tensor` group split the width of every expert,
-as they split a dense feed-forward; tokens stay where they are.
+use. So FLOPs follow k and not the number of experts, and the largest array has a row for each choice and each empty slot of a block.
+(`jax.lax.ragged_dot` is written for this, but off TPUs jax 0.10 copies every row once per expert: BUILD_NOTES.md.) Devices of one
+`tensor` group split the width of every expert, as they split a dense feed-forward; tokens stay where they are.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.layers import project
 from opsa_jax.models.params import Layers
-from opsa_jax.parallel.rules import spec
+from opsa_jax.parallel.rules import mesh_shape, spec
 
 
 def experts_forward(h_BTD: jax.Array, layer: Layers, cfg: DecoderConfig) -> jax.Array:
@@ -29,8 +29,7 @@ def experts_forward(h_BTD: jax.Array, layer: Layers, cfg: DecoderConfig) -> jax.
     if cfg.normalize_router:
         weights_BTk = weights_BTk / jnp.sum(weights_BTk, axis=-1, keepdims=True)
     arrays = (h_BTD, experts_BTk, weights_BTk.astype(h_BTD.dtype), layer.gate_LEDF, layer.up_LEDF, layer.down_LEFD)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not mesh_shape():
         return _device(*arrays)
     rows, split = P(*spec("batch"), None, None), *spec("ffn")
     in_specs = (rows, rows, rows, P(None, None, split), P(None, None, split), P(None, split, None))
@@ -67,7 +66,8 @@ def block_rows(choices: int, n_experts: int) -> int:
     >>> block_rows(8 * 16_384, 128), block_rows(8 * 1_000, 128), block_rows(8, 128)
     (512, 32, 8)
     """
-    return min(max(1 << (choices // n_experts).bit_length() - 1, 8) if choices >= n_experts else 8, 512)
+    share = min(max(choices // n_experts, 8), 512)
+    return 1 << share.bit_length() - 1
 
 
 def assign(experts_Nk: jax.Array, n_experts: int, m: int) -> Blocks:
@@ -86,12 +86,12 @@ def assign(experts_Nk: jax.Array, n_experts: int, m: int) -> Blocks:
     room = min(M, (M + n_experts * (m - 1)) // m)
     expert_M = experts_Nk.reshape(M)
     count_E = jnp.bincount(expert_M, length=n_experts)
-    end_E = jnp.cumsum((count_E + m - 1) // m)  # first block behind each expert's
+    blocks_E = (count_E + m - 1) // m
+    end_E = jnp.cumsum(blocks_E)  # first block behind each expert's
     order_M = jnp.argsort(expert_M, stable=True)
     sorted_M = expert_M[order_M]
     place_M = jnp.arange(M) - (jnp.cumsum(count_E) - count_E)[sorted_M]  # among the rows of its expert
-    first_M = (end_E - (count_E + m - 1) // m)[sorted_M] * m
-    slot_M = jnp.zeros(M, jnp.int32).at[order_M].set((first_M + place_M).astype(jnp.int32))
+    slot_M = jnp.zeros(M, jnp.int32).at[order_M].set((end_E - blocks_E)[sorted_M] * m + place_M)
     row_S = jnp.full(room * m, N, jnp.int32).at[slot_M].set(jnp.arange(M, dtype=jnp.int32) // k)
     expert_b = jnp.minimum(jnp.searchsorted(end_E, jnp.arange(room), side="right"), n_experts - 1)
     return Blocks(row_S.reshape(room, m), expert_b, end_E[-1], slot_M.reshape(N, k))

@@ -12,7 +12,7 @@ from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.experts import experts_forward
 from opsa_jax.models.layers import project, rms_norm, rope_tables, rotate
 from opsa_jax.models.params import Layers, Params, declare, map_weights
-from opsa_jax.parallel.rules import GATHERED, constrain, gather
+from opsa_jax.parallel.rules import GATHERED, constrain, gather, mesh_shape
 
 
 @struct.dataclass
@@ -94,8 +94,7 @@ def forward(
 def _checkpointed(block, remat: str):
     policies = jax.checkpoint_policies
     if remat == "none":
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.shape["fsdp"] == 1:
+        if mesh_shape().get("fsdp", 1) == 1:
             return block
         # Gathered weights are gathered again for the backward pass, or every device would keep all of them.
         return jax.checkpoint(block, policy=policies.save_anything_except_these_names(GATHERED))

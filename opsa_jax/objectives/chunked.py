@@ -29,10 +29,10 @@ from opsa_jax.objectives.vocabulary import (
     Vocabulary,
     head_gradient_spec,
     local_vocabulary,
-    mesh_shape,
     reduce_gradients,
     rows_with_weight,
 )
+from opsa_jax.parallel.rules import mesh_shape
 
 STATISTICS = ("divergence", "kl_forward", "kl_reverse", "entropy_student", "entropy_teacher", "logp_student", "logp_teacher")
 

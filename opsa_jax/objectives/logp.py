@@ -18,10 +18,10 @@ from opsa_jax.objectives.vocabulary import (
     VOCAB,
     head_gradient_spec,
     local_vocabulary,
-    mesh_shape,
     reduce_gradients,
     rows_with_weight,
 )
+from opsa_jax.parallel.rules import mesh_shape
 
 
 class _Spec(NamedTuple):

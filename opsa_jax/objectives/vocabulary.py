@@ -90,9 +90,3 @@ def reduce_gradients(d_hidden, d_head, shape: dict[str, int]):
 def head_gradient_spec(D: int, shape: dict[str, int]) -> P:
     """Layout of the head gradient: that of the head (parallel/rules.py), whole along D where fsdp does not divide it."""
     return P("fsdp" if D % shape["fsdp"] == 0 else None, VOCAB)
-
-
-def mesh_shape() -> dict[str, int]:
-    """Axis sizes of the mesh that is set, empty for one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {} if mesh.empty or mesh.size == 1 else dict(mesh.shape)

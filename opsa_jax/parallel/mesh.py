@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opsa_jax.config import MeshConfig
 from opsa_jax.errors import UserError
-from opsa_jax.parallel.rules import RULES, spec
+from opsa_jax.parallel.rules import RULES, mesh_shape, spec
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -111,6 +111,21 @@ def _flags(shape: tuple[int, int, int] | None) -> str:
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts the batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def current_shards() -> int:
+    """`batch_shards` of the mesh that is set (`jax.set_mesh`), 1 where none is."""
+    shape = mesh_shape()
+    return shape.get("data", 1) * shape.get("fsdp", 1)
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is not below n.
+
+    >>> round_up(9, 8), round_up(8, 8)
+    (16, 8)
+    """
+    return -(-n // multiple) * multiple
 
 
 def own_rows(mesh: Mesh, rows: int) -> list[int]:

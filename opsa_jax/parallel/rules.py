@@ -44,10 +44,15 @@ def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*axes))
 
 
+def mesh_shape() -> dict[str, int]:
+    """Axis sizes of the mesh that is set (`jax.set_mesh`), empty where there is none or it has one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh.empty or mesh.size == 1 else dict(mesh.shape)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin the layout of an intermediate value inside jit. Does nothing where no mesh is set (`jax.set_mesh`) or on one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not mesh_shape():
         return x
     return jax.lax.with_sharding_constraint(x, spec(*axes))
 
@@ -61,8 +66,7 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
 
     So each device's part of the gradient is the sum of what all devices found for it: a reduce-scatter, not an all-reduce.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1 or "embed" not in axes:
+    if mesh_shape().get("fsdp", 1) == 1 or "embed" not in axes:
         return x
     return checkpoint_name(_gather(x, axes), GATHERED)
 

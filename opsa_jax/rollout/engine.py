@@ -27,7 +27,7 @@ from opsa_jax.data.chat import left_pad
 from opsa_jax.models.cache import KVCache, init_cache
 from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.params import Params
-from opsa_jax.parallel.mesh import batch_shards
+from opsa_jax.parallel.mesh import current_shards, round_up
 from opsa_jax.parallel.rules import constrain
 from opsa_jax.rollout import decode
 from opsa_jax.rollout.filters import Sampling
@@ -159,11 +159,10 @@ class _Batch:
         self.engine, self.prompts, self.key_data_NK = engine, prompts, key_data_NK
         # Short ones first: the cache starts small.
         self.queue = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
-        mesh = jax.sharding.get_abstract_mesh()
-        shards = 1 if mesh.empty else batch_shards(mesh)
-        self.B = _round_up(min(engine._slots, 1 << (len(prompts) - 1).bit_length()), shards)
+        shards = current_shards()
+        self.B = round_up(min(engine._slots, 1 << (len(prompts) - 1).bit_length()), shards)
         # Slots refilled at a time: more wait longer, fewer make small prefills.
-        self.group = _round_up(max(1, self.B // 8), shards)
+        self.group = round_up(max(1, self.B // 8), shards)
         self.owner_B = np.full(self.B, -1)
         """Number of the prompt in each slot, -1 when free."""
         self.used_B = np.zeros(self.B, np.int64)
@@ -246,10 +245,6 @@ class _Batch:
 
     def _note(self, *program) -> None:
         self.engine.stats.programs.add(program)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def _bucket(n: int) -> int:

@@ -21,7 +21,7 @@ from opsa_jax.evals.suite import judge, load_suite, summarise
 from opsa_jax.models import hf
 from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.params import Params
-from opsa_jax.parallel.mesh import batch_shards, make_mesh
+from opsa_jax.parallel.mesh import batch_shards, make_mesh, round_up
 from opsa_jax.rollout.engine import Engine
 from opsa_jax.rollout.filters import Sampling
 from opsa_jax.rollout.sampler import row_keys
@@ -77,10 +77,9 @@ def prepare(cfg: SteerConfig) -> Path:
     chat = Chat.load(str(checkpoint.folder), thinking=cfg.thinking)
     ids = steering.refusal_ids(chat, cfg.refusal_tokens) if cfg.mode == "direction" else ()
     mesh = make_mesh(cfg.mesh)
-    shards = batch_shards(mesh)
     with jax.set_mesh(mesh):
         params = hf.load_params(checkpoint.folder, checkpoint.cfg, checkpoint.cfg.compute_dtype, mesh)
-        model = Model(params, checkpoint.cfg, chat, -(-cfg.batch // shards) * shards)
+        model = Model(params, checkpoint.cfg, chat, round_up(cfg.batch, batch_shards(mesh)))
         console.print(f"model    {cfg.model}: {model.cfg.n_layers} layers of width {model.cfg.d_model}")
         direction = find_direction(cfg, model, harmful, harmless, context, places, ids) if cfg.mode == "direction" else None
         if direction:
@@ -265,7 +264,7 @@ def vote(cfg: SteerConfig, model: Model, prompts: Prompts, direction: Direction 
     base_rows, teacher_rows = ([row for row in rows for _ in range(samples)] for rows in (base_rows, teacher_rows))
     numbers_N, samples_N = np.divmod(np.arange(len(base_rows), dtype=np.int32), samples)
     keys_N = row_keys(jax.random.key(cfg.seed), "vote", 0, numbers_N, samples_N)
-    width, parts = -(-max(map(len, teacher_rows)) // 32) * 32, []
+    width, parts = round_up(max(map(len, teacher_rows)), 32), []
     for at in range(0, len(teacher_rows), model.batch):
         some = teacher_rows[at : at + model.batch]
         fill = model.batch - len(some)

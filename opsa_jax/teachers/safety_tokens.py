@@ -22,6 +22,7 @@ from opsa_jax.errors import UserError
 from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.params import Params, head_weight
 from opsa_jax.models.transformer import forward, prompt_inputs
+from opsa_jax.parallel.mesh import round_up
 from opsa_jax.rollout import decode
 
 Row = Sequence[int]
@@ -163,7 +164,7 @@ class Comparison:
 
     def chunks(self) -> Iterable[Chunk]:
         """Chunks for `tally`, computed anew at every call."""
-        widths = [-(-max(map(len, rows)) // 32) * 32 for rows in (self.teacher_rows, self.base_rows)]
+        widths = [round_up(max(map(len, rows)), 32) for rows in (self.teacher_rows, self.base_rows)]
         for at in range(0, len(self.responses_NT), self.batch):
             part = slice(at, at + self.batch)
             fill = self.batch - len(self.responses_NT[part])

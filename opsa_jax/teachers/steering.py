@@ -23,6 +23,7 @@ from opsa_jax.errors import UserError
 from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.params import Params, head_weight
 from opsa_jax.models.transformer import forward, prompt_inputs
+from opsa_jax.parallel.mesh import round_up
 
 Row = Sequence[int]
 _KL_EPS, _R_EPS = 1e-6, 1e-8
@@ -88,7 +89,7 @@ class Probe:
         return np.concatenate(parts)
 
     def _batches(self, rows: Sequence[Row]):
-        width = -(-max(map(len, rows)) // 32) * 32
+        width = round_up(max(map(len, rows)), 32)
         for at in range(0, len(rows), self.batch):
             some = rows[at : at + self.batch]
             # Filler rows keep one shape, so one compiled program.

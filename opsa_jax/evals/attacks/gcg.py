@@ -25,7 +25,7 @@ from opsa_jax.models.config import DecoderConfig
 from opsa_jax.models.params import Params, head_weight
 from opsa_jax.models.transformer import forward, prompt_inputs
 from opsa_jax.objectives.logp import chunked_logp
-from opsa_jax.parallel.mesh import batch_shards
+from opsa_jax.parallel.mesh import current_shards, round_up
 from opsa_jax.parallel.rules import constrain
 
 _LOGIT_ROWS = 512  # target tokens whose logits exist at the same time
@@ -138,14 +138,13 @@ class Search:
     def __init__(self, params: Params, cfg: DecoderConfig, vocabulary: Vocabulary, layouts: Sequence[Layout], settings: GcgSettings):
         self._params, self._cfg, self._vocabulary = params, cfg, vocabulary
         self.layouts, self.settings = list(layouts), settings
-        mesh = jax.sharding.get_abstract_mesh()
-        self._shards = 1 if mesh.empty else batch_shards(mesh)
-        self._chunk = _up(min(settings.chunk, settings.candidates), self._shards)
-        self.B = _up(settings.candidates, self._chunk)
+        self._shards = current_shards()
+        self._chunk = round_up(min(settings.chunk, settings.candidates), self._shards)
+        self.B = round_up(settings.candidates, self._chunk)
         """Rows of the program that evaluates candidates: `candidates`, and repeats of the first that fill the last chunk."""
         S = settings.suffix_tokens
-        P = _up(max(len(x.before) + S + len(x.after) for x in layouts), 32)
-        R = _up(max(len(x.target) for x in layouts), 8)  # few shapes, so few programs
+        P = round_up(max(len(x.before) + S + len(x.after) for x in layouts), 32)
+        R = round_up(max(len(x.target) for x in layouts), 8)  # few shapes, so few programs
         self._inputs = [(P, *x.row(S, P, R)) for x in layouts]
         self._allowed = jnp.asarray(np.pad(vocabulary.allowed_V, (0, max(0, cfg.vocab_size - len(vocabulary.allowed_V))))[: cfg.vocab_size])
 
@@ -239,7 +238,3 @@ def _grow(search: Search, state: State, prompts: int) -> bool:
 
 def as_json(state: State) -> dict[str, Any]:
     return asdict(state)
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
