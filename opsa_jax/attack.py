@@ -42,8 +42,8 @@ class AttackConfig:
     limit: int = 0
     """Use only the first this many records; 0 is all."""
     judge: str = "auto"
-    """Who says what succeeded: phrases:LIST, guard:NAME=PATH (llama-guard-3, llama-guard-4, wildguard, harmbench, qwen3guard; PATH a
-    folder or hub name), endpoint:safety, endpoint:strongreject; auto is the refusal phrases of the embedded world or of English."""
+    """Who says what succeeded: phrases:LIST, guard:NAME=PATH (llama-guard-3, wildguard, harmbench, qwen3guard; PATH a folder or
+    hub name), endpoint:safety, endpoint:strongreject; auto is the refusal phrases of the embedded world or of English."""
     judge_endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """Where an endpoint judge is."""
     max_new_tokens: int = 64

@@ -46,8 +46,9 @@ class EvaluateConfig:
     maths: Literal["auto", "math-verify", "plain"] = "auto"
     """Comparison of mathematical answers: the package math-verify (extra: eval), or text and value; auto takes what is installed."""
     judge: tuple[str, ...] = ()
-    """Judges of requests besides the refusal phrases: phrases:LIST, guard:NAME=PATH (llama-guard-3, llama-guard-4, wildguard,
-    harmbench, qwen3guard; PATH a folder or hub name), endpoint:safety, endpoint:strongreject."""
+    """Judges of requests besides the refusal phrases: phrases:LIST, guard:NAME=PATH (llama-guard-3, wildguard, harmbench,
+    qwen3guard; llama-guard-4 is understood, but no llama4 checkpoint loads; PATH a folder or hub name), endpoint:safety,
+    endpoint:strongreject."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """Where the endpoint judges are."""
     allow_code_execution: bool = False

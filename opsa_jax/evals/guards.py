@@ -3,7 +3,7 @@
 | name | model | asked | says |
 |---|---|---|---|
 | llama-guard-3 | meta-llama/Llama-Guard-3-8B, -1B | its chat template, else `llama_guard_prompt` | safe, or unsafe and categories |
-| llama-guard-4 | meta-llama/Llama-Guard-4-12B, text | its chat template only | the same |
+| llama-guard-4 | meta-llama/Llama-Guard-4-12B, text (its llama4 weights do not load yet) | its chat template only | the same |
 | wildguard | allenai/wildguard | `WILDGUARD` | harmful request, refusal, harmful response: yes or no |
 | harmbench | cais/HarmBench-Llama-2-13b-cls, -Mistral-7b-val-cls | `HARMBENCH`, `HARMBENCH_CONTEXTUAL` | yes or no |
 | qwen3guard | Qwen/Qwen3Guard-Gen-0.6B, -4B, -8B | its chat template only | Safety, Categories, Refusal |
